@@ -20,7 +20,7 @@ from fedmoe.server.storage.backup import TLS
 from fedmoe.server.storage.blobs import StorageFailedError
 from fedmoe.server.storage.start_options import check_file
 from fedmoe.server.storage.state_dir import Database, StateDir
-from fedmoe.wire.http.serving import listen, own_signals, server_of
+from fedmoe.wire.http.serving import end_at_stop, listen, own_signals, server_of
 
 _log = structlog.get_logger("fedmoe.coordinator")
 
@@ -90,7 +90,7 @@ class DistributedCoordinator:
 
     async def _run(self, server: uvicorn.Server, listener: socket.socket) -> None:
         beside = [self._stop_when_failed(server), self._watch_descriptors(), self._federation.look_after()]
-        beside.append(self._end_streams(server))
+        beside.append(end_at_stop(server, self._federation.end_streams))
         beside += [self._renew_certificate(server)] if self.certificate is not None else []
         watches = [asyncio.create_task(watch) for watch in beside]
         try:
@@ -116,12 +116,6 @@ class DistributedCoordinator:
             if few and not self._few_descriptors:
                 _log.error("few_file_descriptors", used=used, limit=self._descriptors, fix="raise 'ulimit -n'")
             self._few_descriptors = few
-
-    async def _end_streams(self, server: uvicorn.Server) -> None:
-        """Pages listen for as long as they are open: a stop does not wait for them."""
-        while not server.should_exit:
-            await asyncio.sleep(0.1)
-        self._federation.end_streams()
 
     async def _stop_when_failed(self, server: uvicorn.Server) -> None:
         """After a failed fsync, or without its folder, nothing can be promised: answer 503 for a moment, then leave."""

@@ -80,8 +80,24 @@ def _show(info: StatusInfo) -> None:
     if info.problem:
         say(f"NOT READY: {info.problem}")
     experts = [_expert(expert) for expert in info.experts if not expert.retired]
-    show_table("Experts", ("expert", "version", "workers", "updates/min", "staleness", "loss", "held out"), experts)
-    columns = ("worker", "expert", "state", "step", "tokens/s", "to the end", "heard", "landed", "held", "refused")
+    show_table(
+        "Experts",
+        ("expert", "version", "workers", "updates/min", "staleness", "loss", "held out", "gain kept"),
+        experts,
+    )
+    columns = (
+        "worker",
+        "expert",
+        "state",
+        "step",
+        "tokens/s",
+        "to the end",
+        "memory",
+        "heard",
+        "landed",
+        "held",
+        "refused",
+    )
     show_table("Workers", columns, [_worker(worker, info.at) for worker in info.workers])
     for worker in info.workers:
         if worker.pushes.refusal:
@@ -89,8 +105,8 @@ def _show(info: StatusInfo) -> None:
     if info.gateway is not None:
         sources = ", ".join(f"{name} {version}" for name, version in info.gateway.sources.items())
         say(f"Gateway: version {info.gateway.version}, {info.gateway.strategy} of {sources}")
-        if info.gateway.verdict:
-            say(f"Evaluation gate: {info.gateway.verdict}")
+    if info.gate is not None:
+        say(f"Evaluation gate: {'; '.join(filter(None, (info.gate.reason, info.gate.status)))}")
     if info.held_updates:
         say(f"{info.held_updates} updates are held: `fedmoe quarantine list`")
     if info.disk is not None:
@@ -118,6 +134,7 @@ def _expert(expert: ExpertStatus) -> tuple[str, ...]:
         _number(expert.staleness, 1),
         _number(training, 3),
         _number(held_out, 3),
+        _NONE if expert.gain_kept is None else f"{expert.gain_kept:.0%}",
     )
 
 
@@ -130,11 +147,19 @@ def _worker(worker: WorkerStatus, now: float) -> tuple[str, ...]:
         _NONE if worker.step is None else f"{worker.step}/{worker.steps}" if worker.steps else str(worker.step),
         _number(worker.tokens_per_second, 0),
         _NONE if worker.seconds_left is None else _duration(worker.seconds_left),
+        _memory(worker),
         f"{_duration(max(0.0, now - worker.heard_at))} ago",
         str(worker.pushes.landed),
         str(worker.pushes.held),
         str(worker.pushes.refused),
     )
+
+
+def _memory(worker: WorkerStatus) -> str:
+    """Of the GPU where there is one, else what the process holds."""
+    if worker.device_memory is not None and worker.device_total is not None:
+        return f"{worker.device_memory / 1e9:.1f}/{worker.device_total / 1e9:.0f} GB"
+    return _NONE if worker.memory is None else f"{worker.memory / 1e9:.1f} GB"
 
 
 def _duration(seconds: float) -> str:

@@ -51,6 +51,12 @@ def free_and_total(device: torch.device) -> tuple[int, int] | None:
     return torch.cuda.mem_get_info(device) if device.type == "cuda" else None
 
 
+def held_and_total(device: str) -> tuple[int, int] | None:
+    """What all processes hold of a CUDA device's memory, and all of it, in bytes; None for any other device."""
+    sizes = free_and_total(torch.device(device)) if device.startswith("cuda") else None
+    return (sizes[1] - sizes[0], sizes[1]) if sizes is not None else None
+
+
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:
     """The compute dtype for `auto`, `bf16`, `fp16` or `fp32`: `auto` takes what the device does well."""
     if name != "auto":

@@ -76,9 +76,40 @@ def read_records(path: Path) -> Iterator[Record]:
     """All whole records of a file; a line cut by a crash, or still being written, is left out."""
     with path.open("rb") as lines:
         for line in lines:
-            try:
-                record = json.loads(line) if line.endswith(b"\n") else None
-            except ValueError:
-                continue
-            if isinstance(record, dict):
+            if (record := _record_of(line)) is not None:
                 yield record
+
+
+class RecordFile:
+    """The records of a file that grows: each is read once, unless the file is replaced or cut."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._records: list[Record] = []
+        self._file = (0, 0)
+        self._end = 0
+
+    def all(self) -> list[Record]:
+        """All whole records until now; raises FileNotFoundError."""
+        with self._path.open("rb") as lines:
+            status = os.fstat(lines.fileno())
+            if (status.st_dev, status.st_ino) != self._file or status.st_size < self._end:
+                self._records, self._end = [], 0
+                self._file = (status.st_dev, status.st_ino)
+            lines.seek(self._end)
+            for line in lines:
+                if not line.endswith(b"\n"):
+                    break  # still being written, or cut by a crash
+                self._end += len(line)
+                if (record := _record_of(line)) is not None:
+                    self._records.append(record)
+        return self._records
+
+
+def _record_of(line: bytes) -> Record | None:
+    """The record in a whole line; None where it is none."""
+    try:
+        record = json.loads(line) if line.endswith(b"\n") else None
+    except ValueError:
+        return None
+    return record if isinstance(record, dict) else None

@@ -43,6 +43,7 @@ def federation_status(service: CoordinatorService, principal: Principal) -> Stat
         experts=[_expert(service, expert, now) for expert in readable],
         workers=workers,
         gateway=_gateway(service),
+        gate=service.evaluation_gate.info() if service.evaluation_gate is not None else None,
         held_updates=len(service.coordinator.quarantine.held),
         disk=_disk(service, now) if whole else None,
         events=_events(service, readable, principal),
@@ -105,6 +106,9 @@ def _worker(
             "tokens_per_second": heartbeat.tokens_per_second,
             "loss": status.loss if heartbeat.loss is None else heartbeat.loss,
             "device": heartbeat.device,
+            "memory": heartbeat.memory,
+            "device_memory": heartbeat.device_memory,
+            "device_total": heartbeat.device_total,
             "heard_at": max(at, status.heard_at),
         }
     )
@@ -112,6 +116,7 @@ def _worker(
 
 def _expert(service: CoordinatorService, expert: ExpertModel, now: float) -> ExpertStatus:
     rate, staleness = service.activity.rate(expert.name, now)
+    gate = service.evaluation_gate
     return ExpertStatus(
         name=expert.title,
         version=expert.version,
@@ -119,6 +124,7 @@ def _expert(service: CoordinatorService, expert: ExpertModel, now: float) -> Exp
         workers=service.roster.count(expert.name),
         updates_per_minute=round(rate, 2),
         staleness=staleness,
+        gain_kept=gate.kept.get(expert.name) if gate is not None else None,
         losses=service.activity.losses(expert.name),
     )
 
@@ -126,11 +132,8 @@ def _expert(service: CoordinatorService, expert: ExpertModel, now: float) -> Exp
 def _gateway(service: CoordinatorService) -> GatewayStatus | None:
     if not (service.coordinator.aggregation.enable_gateway and service.coordinator.active and service.has_gateway):
         return None
-    gateway, gate = service.listed_gateway(), service.evaluation_gate
-    verdict = gate.info().reason if gate is not None else ""
-    return GatewayStatus(
-        version=gateway.version, strategy=gateway.strategy, sources=dict(gateway.sources), verdict=verdict
-    )
+    gateway = service.listed_gateway()
+    return GatewayStatus(version=gateway.version, strategy=gateway.strategy, sources=dict(gateway.sources))
 
 
 def _disk(service: CoordinatorService, now: float) -> DiskStatus | None:

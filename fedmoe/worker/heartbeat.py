@@ -8,8 +8,10 @@ import time
 import structlog
 
 from fedmoe.qwen_worker import StepRecord
+from fedmoe.runtime.device import held_and_total
 from fedmoe.runtime.errors import RefusedError
 from fedmoe.runtime.logs import LogTail
+from fedmoe.runtime.memory import used_memory
 from fedmoe.wire.client import CoordinatorClient, CoordinatorUnavailableError
 from fedmoe.wire.contract.status import LONGEST_LINE, MOST_LINES, Heartbeat, OwnState
 
@@ -102,6 +104,7 @@ class HeartbeatSender:
     def _send(self, state: OwnState) -> None:
         first, lines = self._tail.since(self._sent, MOST_LINES)
         record, seconds = self._step, self._seconds_a_step
+        held, total = held_and_total(self._device) or (None, None)
         self._client.heartbeat(
             Heartbeat(
                 expert=self._expert,
@@ -115,6 +118,9 @@ class HeartbeatSender:
                 tokens_per_second=self._tokens_a_step / seconds if seconds else None,
                 loss=record.loss if record and 0 <= record.loss <= 1000 else None,
                 device=self._device[:200],
+                memory=used_memory(),
+                device_memory=held,
+                device_total=total,
                 first_line=first,
                 lines=[line[:LONGEST_LINE] for line in lines],
             )

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import asyncio
-import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import httpx2
@@ -12,10 +11,8 @@ import pytest
 from live import ADMIN, JOIN, House, LiveServer, listening, open_house, push_headers, push_parameters
 from support import make_body
 
-from fedmoe.server.access.security import Principal
-from fedmoe.server.federation_status import federation_status
-from fedmoe.server.page.live import LiveStatus
 from fedmoe.server.page.login import COOKIE, LINK_SECONDS, LoginLinks
+from fedmoe.wire.contract.status import StatusInfo
 
 VIEWER = "a-viewer-who-only-looks"
 OWN = {"sec-fetch-site": "same-origin"}
@@ -41,7 +38,7 @@ def bearer(token: str) -> dict[str, str]:
 def test_without_a_token_there_is_the_login_page_alone(guarded: tuple[House, LiveServer]) -> None:
     _, server = guarded
     assert (ask(server, "GET", "/").status_code, ask(server, "GET", "/").headers["location"]) == (303, "/login")
-    for path in ("/login", "/login.js", "/words.js", "/page.css"):
+    for path in ("/login", "/login.js", "/words.js", "/page.css", "/base.js", "/base.css"):
         answer = ask(server, "GET", path)
         assert answer.status_code == 200
         policy = answer.headers["content-security-policy"]
@@ -131,50 +128,16 @@ def test_the_stream_begins_with_the_state_and_goes_on_where_it_was(tmp_path: Pat
         assert ask(server, "GET", "/live").text == "retry: 1000\n\n"  # at a stop every stream ends at once
 
 
-def test_messages_are_made_once_for_all_pages_and_merged(house: House) -> None:
-    house.register("law")
-    service = house.service
-
-    async def watch() -> tuple[list[int], int]:
-        live = LiveStatus(lambda principal: federation_status(service, principal), lambda: service.activity.revision)
-        counts = [0] * 5
-
-        async def page(number: int) -> None:
-            async for _ in live.stream(Principal("admin"), None):
-                counts[number] += 1
-
-        pages = [asyncio.create_task(page(number)) for number in range(5)]
-        for number in range(200):
-            service.activity.refused("law", "w1", f"refusal {number}")
-            await asyncio.sleep(0.01)
-        live.close()
-        await asyncio.gather(*pages)
-        return counts, live.made
-
-    began = time.monotonic()
-    counts, made = asyncio.run(watch())
-    most = 2 * (time.monotonic() - began) + 2
-    assert 2 <= made <= most, "not one message for each of 200 changes"
-    assert all(2 <= count <= made + 1 for count in counts)
-
-
-def test_a_page_that_reads_slowly_gets_the_newest_and_not_all(house: House) -> None:
-    house.register("law")
-    service = house.service
-
-    async def watch() -> list[bytes]:
-        live = LiveStatus(lambda principal: federation_status(service, principal), lambda: service.activity.revision)
-        stream = live.stream(Principal("admin"), None)
-        got = [await anext(stream), await anext(stream)]
-        before = live.made
-        while live.made < before + 2:
-            service.activity.refused("law", "w1", "again")
-            await asyncio.sleep(0.05)
-        got.append(await anext(stream))
-        live.close()
-        assert [part async for part in stream] == []
-        return got
-
-    parts = asyncio.run(watch())
-    assert parts[0] == b"retry: 1000\n\n"
-    assert parts[1] != parts[2]
+def test_a_viewer_and_an_administrator_with_open_pages_are_told_their_own_roles(
+    guarded: tuple[House, LiveServer],
+) -> None:
+    _, server = guarded
+    roles = {}
+    with ExitStack() as opened:
+        for token, role in ((ADMIN, "admin"), (VIEWER, "viewer"), (JOIN, "join")):
+            stream = httpx2.stream("GET", f"{server.url}/live", headers=bearer(token), trust_env=False, timeout=30.0)
+            lines = opened.enter_context(stream).iter_lines()
+            data = next(line.removeprefix("data: ") for line in lines if line.startswith("data: "))
+            roles[role] = StatusInfo.model_validate_json(data)
+    assert {role: status.role for role, status in roles.items()} == {role: role for role in roles}
+    assert roles["join"].disk is None

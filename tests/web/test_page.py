@@ -134,7 +134,8 @@ def test_a_wrong_token_is_told_and_a_revoked_one_leads_back_to_the_login(guarded
     token = house.gate.add("a-viewer-who-only-looks", "viewer")
     log_in(page, server, "a-viewer-who-only-looks")
     house.gate.revoke(token.hash)
-    page.wait_for_url("**/login", timeout=30_000)
+    page.wait_for_url("**/login?ended", timeout=60_000)
+    has(page, "#answer", "Your login has ended")
     page.errors.clear()
 
 

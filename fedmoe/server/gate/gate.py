@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import secrets
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import structlog
@@ -73,6 +73,8 @@ class EvaluationGate:
         self._reason = str(newest.payload["reason"]) if newest else ""
         self._at = newest.at if newest else None
         self._undecided = bool(newest and newest.payload.get("undecided"))
+        #: Expert -> share of its gain that the served gateway kept at the newest verdict that was reached.
+        self.kept: Mapping[str, float] = _kept(newest.payload) if newest else {}
         # The state that the newest verdict was about: nothing new to score until the gateway's version has risen.
         self._judged = int(str(newest.payload["version"])) if newest and not self._undecided else 0
         self._given_up = ""
@@ -292,7 +294,7 @@ class EvaluationGate:
             if undecided:
                 self._given_up = "the next set is made as soon as an evaluator asks"
             else:
-                self._judged = offer.version
+                self._judged, self.kept = offer.version, dict(verdict.retained.get(verdict.serve or "", {}))
 
     def _status(self, now: float) -> str:
         seconds = self._policy.seconds
@@ -314,6 +316,16 @@ class EvaluationGate:
 
 def _named(evaluators: list[Evaluator]) -> list[str]:
     return [f"{name}/{expert}" for name, expert in evaluators]
+
+
+def _kept(payload: Mapping[str, object]) -> Mapping[str, float]:
+    """What a journalled verdict says of the gateway that was served from then on."""
+    shares = payload.get("kept")
+    if not isinstance(shares, dict):
+        return {}
+    # Where no candidate went out, the published gateway stayed, which stands there by its version.
+    served = payload.get("candidate") or next((name for name in shares if name.startswith("version ")), None)
+    return dict(shares.get(served, {}))
 
 
 def _check_complete(offer: CandidateSet, scores: GatewayScores) -> None:

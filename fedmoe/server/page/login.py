@@ -11,7 +11,7 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from fedmoe.server.access.tokens import TokenGate
-from fedmoe.server.page.files import LOGIN_FILES, file_response, to_login
+from fedmoe.server.page.files import LOGIN_FILES, to_login
 from fedmoe.wire.http.bearer import bearer_of, hash_token, new_token
 from fedmoe.wire.http.middleware import foreign_page
 
@@ -59,7 +59,7 @@ class LoginMiddleware:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and scope["method"] == "GET" and scope["path"] in LOGIN_FILES:
-            await file_response(scope, LOGIN_FILES[scope["path"]])(scope, receive, send)
+            await LOGIN_FILES[scope["path"]].response(scope)(scope, receive, send)
             return
         if scope["type"] != "http" or not self._gate.required:
             await self._app(scope, receive, send)

@@ -10,16 +10,16 @@ from fastapi import Request
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from fedmoe.coordinator import GatewayModel
-from fedmoe.server.access.security import principal_of
+from fedmoe.server.access.security import Principal, principal_of
 from fedmoe.server.access.tokens import TokenGate
 from fedmoe.server.access.uploads import PushPace, UploadPlaces
 from fedmoe.server.expert_names import resolve_expert
-from fedmoe.server.page.live import LiveStatus
 from fedmoe.server.routes.coordinator_metrics import CoordinatorMetrics
 from fedmoe.server.routes.weight_responses import WeightAnswers
 from fedmoe.server.service import CoordinatorService
 from fedmoe.wire.contract.messages import INCARNATION_HEADER, Message
 from fedmoe.wire.contract.replicas import OwnerInfo
+from fedmoe.wire.http.live import LiveStates
 from fedmoe.wire.http.middleware import with_header
 
 
@@ -50,7 +50,7 @@ class AppState:
     pace: PushPace
     metrics: CoordinatorMetrics
     owners: Callable[[], Sequence[OwnerInfo]]
-    live: LiveStatus
+    live: LiveStates[Principal]
     listed_gateway: tuple[GatewayModel, str] | None = None
 
 

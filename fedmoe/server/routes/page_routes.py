@@ -6,23 +6,36 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response, StreamingResponse
 
 from fedmoe.runtime.errors import RefusedError
-from fedmoe.server.access.security import principal_of
+from fedmoe.server.access.security import Principal, principal_of
+from fedmoe.server.federation_status import federation_status
 from fedmoe.server.page.login import own_page, with_cookie, without_cookie
 from fedmoe.server.routes.app_state import parts_of
 from fedmoe.server.routes.weight_responses import refuse_without
+from fedmoe.server.service import CoordinatorService
 from fedmoe.wire.http.bearer import bearer_of
+from fedmoe.wire.http.live import EVENTS, LiveState, LiveStates
 
-_EVENTS = "text/event-stream"
+# What workers do changes by time too: they turn silent.
+_OLDEST_SECONDS = 5.0
 router = APIRouter()
+
+
+def live_status(service: CoordinatorService) -> LiveStates[Principal]:
+    """Streams of the federation's status, made once for all who may see the same."""
+
+    def make(principal: Principal) -> LiveState:
+        status = federation_status(service, principal)
+        return LiveState(f"{status.incarnation}-{status.revision}-{status.at:.3f}", status.model_dump_json())
+
+    return LiveStates(make, lambda: service.activity.revision + service.heartbeats.count, _OLDEST_SECONDS)
 
 
 @router.get("/live", response_class=Response)
 async def live(request: Request) -> StreamingResponse:
-    refuse_without(request, _EVENTS)
-    stream = parts_of(request).live.stream(principal_of(request), request.headers.get("last-event-id"))
-    # Proxies that gather answers would keep each event until there are many.
-    headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
-    return StreamingResponse(stream, headers=headers, media_type=_EVENTS)
+    refuse_without(request, EVENTS)
+    principal = principal_of(request)
+    # Without the token, which does not change what is seen.
+    return parts_of(request).live.response(request, Principal(principal.role, principal.worker, principal.experts))
 
 
 @router.post("/session", status_code=204, response_class=Response)

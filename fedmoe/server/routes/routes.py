@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from typing import Annotated
 
 from fastapi import APIRouter, FastAPI, Query, Request
@@ -26,9 +25,7 @@ from fedmoe.server.access.tokens import TokenGate
 from fedmoe.server.access.turns import TOKEN_RATE, UPLOADS, Rate
 from fedmoe.server.access.uploads import PushPace, UploadLimits, UploadPlaces
 from fedmoe.server.expert_names import may_use, resolve_expert, scope_by_first_names
-from fedmoe.server.federation_status import federation_status
 from fedmoe.server.page.files import PageFiles
-from fedmoe.server.page.live import LiveStatus
 from fedmoe.server.page.login import LoginLinks, LoginMiddleware
 from fedmoe.server.routes import (
     admin_routes,
@@ -128,8 +125,8 @@ def create_app(
         app.router.routes.extend(part.routes)
     requests = RequestCounts(route.path for route in app.routes if isinstance(route, Route))
     metrics = CoordinatorMetrics(service, requests, owners)
-    live = LiveStatus(partial(federation_status, service), lambda: service.activity.revision + service.heartbeats.count)
-    app.state.parts = AppState(service, gate, WeightAnswers(json or JsonPolicy()), places, pace, metrics, owners, live)
+    answers, live = WeightAnswers(json or JsonPolicy()), page_routes.live_status(service)
+    app.state.parts = AppState(service, gate, answers, places, pace, metrics, owners, live)
     app.add_middleware(NegotiationMiddleware, others=_OTHER_FORMS, refuse=problems.refusal)
     app.add_middleware(RepeatedMiddleware, refuse=problems.refusal)
     app.add_middleware(IncarnationHeader, incarnation=service.current.incarnation)

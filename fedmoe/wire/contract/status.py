@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, StringConstraints
 
-from fedmoe.wire.contract.experts import HeldOutInfo, Loss
+from fedmoe.wire.contract.experts import GateInfo, HeldOutInfo, Loss
 from fedmoe.wire.contract.messages import NUMBER, VISIBLE, Count, ExpertName, Message, ShortText, WorkerName
 
 #: What a worker says of itself; and one that says nothing for longer than it announced.
@@ -24,7 +24,8 @@ class Heartbeat(Message):
     """What a worker does now; kept in memory only, never journalled.
 
     `phase` says what a loading worker is at, `steps` how many there will be in all (null: without an end). The next
-    one comes within `interval` seconds. `lines` are those of its log since the last one, numbered from `first_line` on.
+    one comes within `interval` seconds. `memory` is what the process holds, `device_memory` of `device_total` what all
+    processes hold of its GPU, in bytes. `lines` are those of its log since the last one, numbered from `first_line` on.
     """
 
     expert: ExpertName
@@ -38,6 +39,9 @@ class Heartbeat(Message):
     tokens_per_second: _Rate | None = None
     loss: Loss | None = None
     device: ShortText = ""
+    memory: _Whole | None = None
+    device_memory: _Whole | None = None
+    device_total: _Whole | None = None
     first_line: _Whole = 0
     lines: Annotated[list[LogLine], Field(max_length=MOST_LINES)] = []
 
@@ -70,6 +74,9 @@ class WorkerStatus(Message):
     held_out: HeldOutInfo | None = None
     staleness: int | None = None
     device: str = ""
+    memory: int | None = None
+    device_memory: int | None = None
+    device_total: int | None = None
     heard_at: float
     pushes: PushTotals
 
@@ -84,7 +91,11 @@ class LossPoint(Message):
 
 
 class ExpertStatus(Message):
-    """An expert: `updates_per_minute` and mean `staleness` of the last minutes, `losses` the oldest first."""
+    """An expert: `updates_per_minute` and mean `staleness` of the last minutes, `losses` the oldest first.
+
+    `gain_kept` is the share of its gain on its own domain that the served gateway kept at the newest verdict of the
+    evaluation gate, null where no evaluator scored it.
+    """
 
     name: ExpertName
     version: int
@@ -92,16 +103,16 @@ class ExpertStatus(Message):
     workers: int
     updates_per_minute: float
     staleness: float | None
+    gain_kept: float | None = None
     losses: list[LossPoint]
 
 
 class GatewayStatus(Message):
-    """The gateway: versions of what it is made of, and what the evaluation gate last said (empty: there is none)."""
+    """The gateway that is served, and the versions of what it is made of."""
 
     version: int
     strategy: str
     sources: dict[str, int]
-    verdict: str = ""
 
 
 class DiskStatus(Message):
@@ -127,7 +138,8 @@ class EventInfo(Message):
 class StatusInfo(Message):
     """A federation at the moment `at`, as far as the token, of this `role`, may see it; `revision` rises by change.
 
-    `gateway` is null while there is none, `disk` for all but administrators and viewers.
+    `gateway` is null while there is none, `gate` without an evaluation gate, `disk` for all but administrators and
+    viewers.
     """
 
     at: float
@@ -139,6 +151,7 @@ class StatusInfo(Message):
     experts: list[ExpertStatus]
     workers: list[WorkerStatus]
     gateway: GatewayStatus | None
+    gate: GateInfo | None = None
     held_updates: int
     disk: DiskStatus | None
     events: list[EventInfo]

@@ -12,7 +12,7 @@ import asyncio
 import signal
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
@@ -180,6 +180,27 @@ def server_of(app: ASGIApp, tls_cert: str | None = None, tls_key: str | None = N
             ssl_keyfile=tls_key,
         )
     )
+
+
+async def end_at_stop(server: uvicorn.Server, end: Callable[[], None]) -> None:
+    """Call `end` once the server is to stop: answers without an end of their own would be waited for."""
+    while not server.should_exit:
+        await asyncio.sleep(0.1)
+    end()
+
+
+def run(server: uvicorn.Server, listener: socket.socket, end: Callable[[], None]) -> None:
+    """Serve until a stop; `end` is called as in `end_at_stop`."""
+
+    async def serve() -> None:
+        ending = asyncio.create_task(end_at_stop(server, end))
+        try:
+            await server.serve(sockets=[listener])
+        finally:
+            ending.cancel()
+
+    with asyncio.Runner(loop_factory=server.config.get_loop_factory()) as runner:
+        runner.run(serve())
 
 
 class PortInUseError(Exception):

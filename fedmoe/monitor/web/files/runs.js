@@ -1,100 +1,113 @@
 // Shows the runs that the server sends. Texts are set as text, never as HTML.
 "use strict";
 
-const WORDS = {
+addWords({
   en: {
-    title: "FedMoE arena", episodes: "Episodes", run: "Run", policy: "Policy", order: "Order", newest: "newest", lowest: "lowest reward",
-    highest: "highest reward", all: "all", other: "中文", live: "live", lost: "no connection; trying again", score: "held-out score (interval)",
-    questions: "questions", rating: "rating", reward: "reward", kl: "KL", entropy: "entropy", staleness: "staleness", policies: "Policies",
-    wins: "Win rate against", decisions: "Decisions", iteration: "iteration", what: "what", change: "change", reason: "why",
-    none: "nothing was recorded yet", sample: "SAMPLE DATA: not a real run", saw: "saw", said: "said", recent: "Reward, KL, entropy and staleness: means of the last fifth.",
+    title: "FedMoE arena", runs: "Runs", episodes: "Episodes", run: "Run", policy: "Policy", order: "Order", newest: "newest", lowest: "lowest reward",
+    highest: "highest reward", least: "Reward from", most: "to", save: "Save these as JSONL", all: "all", score: "held-out score (interval)", best: "best held-out score (interval)",
+    questions: "questions", rating: "rating ± sigma", reward: "reward", kl: "KL", entropy: "entropy", staleness: "staleness", policies: "Policies",
+    wins: "Win rate (interval) against", decisions: "Decisions", iteration: "iteration", what: "what", change: "change", reason: "why",
+    none: "nothing was recorded yet", no_episodes: "no episode that fits was kept", sample: "SAMPLE DATA: not a real run", saw: "saw", said: "said", recent: "Reward, KL, entropy and staleness: means of the last fifth.",
+    machine: "Machine", cpu: "CPU", memory: "memory", process: "this run", gpu: "GPU", gpu_memory: "GPU memory", disk: "disk used", free: "disk free", pace: "tokens/s",
+    team: "team", seat: "seat", limit: "ran into the limit of tokens", cut: "the rest is left out", question: "question", no_charts: "Charts need plotly: pip install 'fedmoe[web]'",
   },
   zh: {
-    title: "FedMoE 竞技场", episodes: "对局", run: "运行", policy: "策略", order: "排序", newest: "最新", lowest: "奖励最低", highest: "奖励最高",
-    all: "全部", other: "English", live: "实时", lost: "连接中断，正在重试", score: "留出得分（区间）", questions: "题数", rating: "评分",
-    reward: "奖励", kl: "KL", entropy: "熵", staleness: "陈旧度", policies: "策略", wins: "对各对手的胜率", decisions: "决策", iteration: "迭代",
-    what: "内容", change: "变化", reason: "原因", none: "尚无记录", sample: "示例数据：不是真实运行", saw: "所见", said: "所答",
-    recent: "奖励、KL、熵和陈旧度为最后五分之一的均值。", accuracy: "正确率", performance: "最终表现与基础模型对比", radar: "能力",
-    scatter: "效率与奖励（大小：词元数）", credit: "贡献，最后五分之一的均值", team: "团队", system: "机器负载", timing: "每次迭代用时",
+    title: "FedMoE 竞技场", runs: "运行", episodes: "对局", run: "运行", policy: "策略", order: "排序", newest: "最新", lowest: "奖励最低", highest: "奖励最高",
+    least: "奖励从", most: "到", save: "另存为 JSONL", all: "全部", score: "留出得分（区间）", best: "最佳留出得分（区间）", questions: "题数", rating: "评分 ± 标准差",
+    reward: "奖励", kl: "KL", entropy: "熵", staleness: "陈旧度", policies: "策略", wins: "对各对手的胜率（区间）", decisions: "决策", iteration: "迭代",
+    what: "内容", change: "变化", reason: "原因", none: "尚无记录", no_episodes: "没有符合条件的对局", sample: "示例数据：不是真实运行", saw: "所见", said: "所答",
+    recent: "奖励、KL、熵和陈旧度为最后五分之一的均值。", machine: "机器", cpu: "处理器", memory: "内存", process: "本次运行", gpu: "GPU", gpu_memory: "GPU 显存", disk: "磁盘已用",
+    free: "磁盘可用", pace: "词元/秒", team: "团队", seat: "席位", limit: "达到词元上限", cut: "其余省略", question: "问题", no_charts: "图表需要 plotly：pip install 'fedmoe[web]'",
   },
-};
-const byId = (id) => document.getElementById(id);
-let language = localStorage.getItem("language") || (navigator.language.startsWith("zh") ? "zh" : "en");
-const dark = matchMedia("(prefers-color-scheme: dark)");
+});
 let state = null; // the newest message
-const word = (name) => WORDS[language][name] || WORDS.en[name] || name;
-const number = (value, digits = 3) => (value === null || value === undefined ? "–" : value.toFixed(digits));
-const interval = (values) => (values === null || values[0] === null ? "–" : `${number(values[0])} (${number(values[1])} – ${number(values[2])})`);
+const EPISODE_MILLISECONDS = 5000;
+let episodesAt = -EPISODE_MILLISECONDS;
 
-function element(name, text = "", kind = "") {
-  const node = document.createElement(name);
-  if (text !== "") node.textContent = text;
-  if (kind) node.className = kind;
-  return node;
+const interval = (values, digits = 3) => (values === null || values[0] === null ? "–" : `${number(values[0], digits)} (${number(values[1], digits)} – ${number(values[2], digits)})`);
+const percent = (value) => (value === null ? "–" : `${value.toFixed(0)} %`);
+const gigabytes = (value) => (value === null ? "–" : `${(value / 1e9).toFixed(1)} GB`);
+const recentNames = ["reward", "kl", "entropy", "staleness"];
+
+function showOverview() {
+  byId("overview").hidden = state.runs.length < 2;
+  const rows = state.runs.map((run) => {
+    if (run.problem) return [run.name, ["–", "soft"], [run.problem, "long"], "–", "–"];
+    const scored = run.policies.filter((row) => row.score && row.score[0] !== null);
+    const best = scored.reduce((one, two) => (one === null || two.score[0] > one.score[0] ? two : one), null);
+    const rewards = run.policies.map((row) => row.reward).filter((value) => value !== null);
+    const mean = rewards.length ? rewards.reduce((sum, value) => sum + value, 0) / rewards.length : null;
+    return [run.name, number(run.iteration, 0), [best ? `${best.policy} ${interval(best.score)}` : "–", "long"], number(mean, 3), number(run.machine.tokens_per_second, 0)];
+  });
+  fill(byId("compared"), ["run", "iteration", "best", "reward", "pace"].map(word), rows, word("none"));
 }
 
-function table(heads, rows) {
-  const made = element("table"), head = made.createTHead().insertRow(), body = made.createTBody();
-  for (const name of heads) head.append(element("th", name));
-  for (const row of rows) body.insertRow().append(...row.map((cell) => (Array.isArray(cell) ? element("td", ...cell) : element("td", String(cell)))));
-  const box = element("div", "", "scroll");
-  box.tabIndex = 0;
-  box.append(rows.length ? made : element("p", word("none"), "soft"));
-  return box;
+// Parts of a run's section, made once, so that what is scrolled or focused there stays.
+function partsOf(section) {
+  if (section.parts) return section.parts;
+  const table = (kind) => {
+    const box = element("div", "", kind);
+    box.tabIndex = 0;
+    box.append(element("table"));
+    return box;
+  };
+  const parts = {
+    name: element("h2"), path: element("p", "", "path"), problem: element("p", "", "soft"), sample: element("p", "", "sample"), facts: element("p", "", "hint"),
+    policiesHead: element("h3"), policies: table("scroll"), recent: element("p", "", "hint"), winsHead: element("h3"), wins: table("scroll"),
+    machineHead: element("h3"), machine: element("dl"), decisionsHead: element("h3"), decisions: table("decisions"),
+  };
+  section.append(...Object.values(parts));
+  section.parts = parts;
+  return parts;
 }
 
-function winTable(run) {
+function showRun(section, run) {
+  const parts = partsOf(section), ends = !!run.problem;
+  parts.name.textContent = run.name;
+  parts.path.textContent = run.path === run.name ? "" : run.path;
+  parts.problem.textContent = run.problem;
+  for (const [name, node] of Object.entries(parts)) node.hidden = ends && !["name", "path", "problem"].includes(name);
+  if (ends) return;
+  parts.sample.hidden = !run.sample;
+  parts.sample.textContent = word("sample");
+  parts.facts.textContent = run.facts;
+  for (const name of ["policies", "wins", "machine", "decisions"]) parts[`${name}Head`].textContent = word(name);
+  const rows = run.policies.map((row) => [
+    row.policy, interval(row.score), number(row.questions, 0), row.rating === null ? "–" : `${number(row.rating, 1)} ± ${number(row.sigma, 1)}`,
+    ...recentNames.map((name) => number(row[name], 3)),
+  ]);
+  fill(parts.policies.firstChild, ["policy", "score", "questions", "rating", ...recentNames].map(word), rows, word("none"));
+  parts.recent.textContent = word("recent");
+  showWins(parts.wins.firstChild, run);
+  showMachine(parts.machine, run.machine);
+  const changes = run.decisions.map((row) => [row.iteration, row.policy, row.what.replaceAll("_", " "), `${row.before} → ${row.after}`, row.reason]);
+  fill(parts.decisions.firstChild, ["iteration", "policy", "what", "change", "reason"].map(word), changes, word("none"));
+}
+
+function showWins(table, run) {
   const opponents = [...new Set(run.wins.map((win) => win.opponent))];
   const of = (policy, opponent) => run.wins.find((win) => win.policy === policy && win.opponent === opponent);
-  const rows = run.policies.map(({ policy }) => [policy, ...opponents.map((name) => number((of(policy, name) || { win: [null] }).win[0], 2))]);
-  return table([word("policy"), ...opponents], run.wins.length ? rows : []);
+  const rows = run.policies.map(({ policy }) => [policy, ...opponents.map((name) => interval((of(policy, name) || { win: null }).win, 2))]);
+  fill(table, [word("policy"), ...opponents.map(inWords)], run.wins.length ? rows : [], word("none"));
 }
 
-function runSection(run) {
-  const section = element("section");
-  section.append(element("h2", run.name));
-  if (run.problem) return section.append(element("p", run.problem, "soft")), section;
-  if (run.sample) section.append(element("p", word("sample"), "sample"));
-  section.append(element("p", run.facts, "soft"), element("h3", word("policies")));
-  const columns = ["reward", "kl", "entropy", "staleness"];
-  const heads = ["policy", "score", "questions", "rating", ...columns].map(word);
-  section.append(table(heads, run.policies.map((row) => [row.policy, interval(row.score), number(row.questions, 0), number(row.rating, 1), ...columns.map((name) => number(row[name]))])));
-  section.append(element("p", word("recent"), "soft"), element("h3", word("wins")), winTable(run), element("h3", word("decisions")));
-  const changes = run.decisions.map((row) => [row.iteration, row.policy, row.what, `${row.before} → ${row.after}`, [row.reason, "long"]]);
-  section.append(table(["iteration", "policy", "what", "change", "reason"].map(word), changes));
-  return section;
+function showMachine(list, machine) {
+  const values = [
+    ["cpu", percent(machine.cpu_percent)], ["memory", percent(machine.memory_percent)], ["process", gigabytes(machine.process_bytes)], ["gpu", percent(machine.gpu_percent)],
+    ["gpu_memory", gigabytes(machine.gpu_memory_bytes)], ["disk", percent(machine.disk_percent)], ["free", gigabytes(machine.disk_free_bytes)], ["pace", number(machine.tokens_per_second, 0)],
+  ];
+  list.replaceChildren(...values.map(([name, value]) => {
+    const pair = element("div");
+    pair.append(element("dt", word(name)), element("dd", value));
+    return pair;
+  }));
 }
 
-// Plotly reads a little HTML in labels: texts of records must not be taken for it.
-const plain = (value) => (typeof value === "string" ? value.replaceAll("&", "&amp;").replaceAll("<", "&lt;") : Array.isArray(value) ? value.map(plain) : value);
-
-function charts() {
-  const box = byId("charts"), wanted = new Map();
-  const colour = getComputedStyle(document.body).color;
-  state.runs.forEach((run, place) => (run.figures || []).forEach((figure) => wanted.set(`chart-${figure.name}-${place}`, [run, figure])));
-  for (const node of [...box.children]) if (!wanted.has(node.dataset.chart)) node.remove();
-  const order = [...wanted].sort(([, one], [, two]) => titles.indexOf(one[1].name) - titles.indexOf(two[1].name));
-  for (const [key, [run, figure]] of order) {
-    let section = [...box.children].find((node) => node.dataset.chart === key);
-    if (!section) {
-      section = element("section");
-      section.dataset.chart = key;
-      section.append(element("h2"), element("p", state.runs.length > 1 ? run.name : "", "soft"), element("div"));
-      box.append(section);
-    }
-    section.firstChild.textContent = language === "zh" && WORDS.zh[figure.name] ? WORDS.zh[figure.name] : figure.title;
-    const data = figure.data.map((trace) => ({ ...trace, ...Object.fromEntries(["name", "x", "y", "theta", "customdata"].filter((name) => name in trace).map((name) => [name, plain(trace[name])])) }));
-    const clear = { paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", font: { ...figure.layout.font, color: colour } };
-    const layout = { ...figure.layout, ...clear };
-    const line = getComputedStyle(document.body).getPropertyValue("--line");
-    for (const name of ["xaxis", "yaxis"]) layout[name] = { ...layout[name], color: colour, gridcolor: line, zerolinecolor: line };
-    for (const name of ["xaxis", "yaxis"]) if (layout[name].title) layout[name].title = { ...layout[name].title, font: { color: colour } };
-    if (dark.matches) layout.shapes = (layout.shapes || []).map((shape) => ({ ...shape, opacity: 0.15 }));
-    if (layout.polar) layout.polar = { ...layout.polar, bgcolor: "rgba(0,0,0,0)" };
-    Plotly.react(section.lastChild, data, layout, { responsive: true, displaylogo: false, displayModeBar: false });
-  }
+function showRuns() {
+  const box = byId("runs");
+  while (box.children.length > state.runs.length) box.lastChild.remove();
+  state.runs.forEach((run, place) => showRun(box.children[place] || box.appendChild(element("section")), run));
 }
-const titles = ["reward", "accuracy", "kl", "entropy", "performance", "rating", "radar", "scatter", "credit", "team", "system", "timing"];
 
 function options(select, pairs) {
   const key = JSON.stringify(pairs), before = select.value;
@@ -104,57 +117,76 @@ function options(select, pairs) {
   if (pairs.some(([value]) => value === before)) select.value = before;
 }
 
-function filters() {
+function showFilters() {
   options(byId("run"), state.runs.map((run, place) => [String(place), run.name]));
   const policies = (state.runs[Number(byId("run").value)] || {}).policies || [];
   options(byId("policy"), [["", word("all")], ...policies.map(({ policy }) => [policy, policy])]);
+  byId("save").href = `/episodes?${asked()}&form=jsonl`;
 }
 
-async function episodes() {
-  const query = new URLSearchParams({ run: byId("run").value, policy: byId("policy").value, order: byId("order").value });
-  const answer = await fetch(`/episodes?${query}`);
-  if (!answer.ok) return;
-  const rows = await answer.json();
-  if (byId("order").value === "newest") rows.reverse();
-  const shown = rows.map((row) => {
-    const box = element("details");
-    const seats = row.seats.map((seat) => `${seat.policy} ${number(seat.reward, 2)}`).join(" · ");
-    box.append(element("summary", `${word("iteration")} ${row.iteration}, ${row.mode}: ${seats}`));
+const asked = () => new URLSearchParams(["run", "policy", "order", "least", "most"].map((name) => [name, byId(name).value])).toString();
+
+async function showEpisodes() {
+  episodesAt = performance.now();
+  const query = asked(), answer = await fetch(`/episodes?${query}`).catch(() => null);
+  if (answer === null || query !== asked()) return; // asked anew meanwhile
+  const content = await answer.json();
+  if (!answer.ok) {
+    byId("episodes").replaceChildren(element("p", content.detail, "bad"));
+    return;
+  }
+  if (byId("order").value === "newest") content.reverse();
+  byId("episodes").replaceChildren(...(content.length ? content.map(episodeOf) : [element("p", word("no_episodes"), "soft")]));
+}
+
+function episodeOf(row) {
+  const box = element("details");
+  const seats = row.seats.map((seat) => `${seat.policy} ${number(seat.reward, 2)}`).join(" · ");
+  box.append(element("summary", `${word("iteration")} ${row.iteration}, ${inWords(row.mode.replaceAll("_", " "))}: ${seats}`));
+  // Texts are long and there are many: they are put in when somebody looks.
+  box.addEventListener("toggle", () => {
+    if (box.children.length > 1) return;
+    if (row.question) box.append(element("p", `${word("question")}: ${row.question}`, "hint"));
     for (const seat of row.seats) {
-      box.append(element("h3", `${seat.policy}, ${word("reward")} ${number(seat.reward, 2)}`));
-      for (const turn of seat.turns) box.append(element("pre", `${word("saw")}: ${turn.saw}`), element("pre", `${word("said")}: ${turn.said}`));
+      const team = row.seats.length > 1 ? `, ${word("team")} ${seat.team}` : "";
+      box.append(element("h3", `${seat.policy}${team}, ${word("reward")} ${number(seat.reward, 2)}`));
+      for (const turn of seat.turns) {
+        const notes = [turn.ended ? "" : word("limit"), turn.cut ? word("cut") : ""].filter(Boolean).map((note) => ` [${note}]`).join("");
+        box.append(element("pre", `${word("saw")}: ${turn.saw}`), element("pre", `${word("said")}: ${turn.said}${notes}`));
+      }
     }
-    return box;
   });
-  byId("episodes").replaceChildren(...(shown.length ? shown : [element("p", word("none"), "soft")]));
+  return box;
 }
 
-function show() {
-  document.documentElement.lang = language === "zh" ? "zh-CN" : "en";
-  for (const node of document.querySelectorAll("[data-word]")) node.textContent = word(node.dataset.word);
-  byId("language").textContent = word("other");
+function episodesAreRead() {
+  return document.querySelector("#episodes details[open]") !== null || byId("episodes").contains(document.activeElement);
+}
+
+function show(anew = false) {
   if (state === null) return;
-  byId("runs").replaceChildren(...state.runs.map(runSection));
-  filters();
-  charts();
+  showOverview();
+  showRuns();
+  showFilters();
+  showCharts(byId("charts"), state.runs, anew);
 }
 
-byId("language").addEventListener("click", () => {
-  language = language === "zh" ? "en" : "zh";
-  localStorage.setItem("language", language);
+function showAnew() {
+  show(true);
+  if (state !== null) showEpisodes();
+}
+
+byId("run").addEventListener("change", showFilters);
+byId("filter").addEventListener("change", () => { showFilters(); showEpisodes(); });
+byId("filter").addEventListener("submit", (event) => event.preventDefault());
+dark.addEventListener("change", showAnew);
+document.addEventListener("visibilitychange", () => { if (!document.hidden) show(); });
+languageButton(showAnew);
+translate();
+setLive(false);
+listen((message) => {
+  state = message;
+  if (document.hidden) return;
   show();
-  episodes();
+  if (!episodesAreRead() && performance.now() - episodesAt > EPISODE_MILLISECONDS) showEpisodes();
 });
-byId("run").addEventListener("change", filters);
-byId("filter").addEventListener("change", episodes);
-dark.addEventListener("change", show);
-const source = new EventSource("/live");
-source.addEventListener("message", (event) => {
-  const first = state === null;
-  state = JSON.parse(event.data);
-  byId("state").textContent = word("live");
-  show();
-  if (first) episodes();
-});
-source.addEventListener("error", () => { byId("state").textContent = word("lost"); });
-show();

@@ -2,8 +2,12 @@
 "use strict";
 
 async function logIn(secret) {
-  const answer = document.getElementById("answer");
+  const answer = byId("answer");
   answer.textContent = "";
+  if (!/^[!-~]+$/.test(secret)) {
+    answer.textContent = word("refused"); // no header can carry it
+    return;
+  }
   try {
     const response = await fetch("/session", {
       method: "POST",
@@ -21,12 +25,14 @@ async function logIn(secret) {
   }
 }
 
-document.getElementById("form").addEventListener("submit", (event) => {
+byId("form").addEventListener("submit", (event) => {
   event.preventDefault();
-  logIn(document.getElementById("token").value.trim());
+  logIn(byId("token").value.trim());
 });
 
+languageButton(() => {});
 translate();
+if (location.search === "?ended") byId("answer").textContent = word("ended");
 if (location.hash.length > 1) {
   const code = location.hash.slice(1);
   history.replaceState(null, "", "/login"); // the code stays in no history

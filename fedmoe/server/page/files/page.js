@@ -2,19 +2,11 @@
 "use strict";
 
 const MOST_WORKERS = 200;
+const MOST_CURVES = 12;
 const CHART_MILLISECONDS = 2000;
-const byId = (id) => document.getElementById(id);
+const LOG_MILLISECONDS = 2000;
 let state = null; // the newest message
-let charted = { at: 0, key: "" };
-
-function element(name, text = "", kind = "") {
-  const node = document.createElement(name);
-  if (text !== "") node.textContent = text;
-  if (kind) node.className = kind;
-  return node;
-}
-
-const number = (value, digits) => (value === null || value === undefined ? "–" : value.toFixed(digits));
+let charted = { at: -CHART_MILLISECONDS, key: "" };
 
 function duration(seconds) {
   if (seconds === null) return "–";
@@ -27,56 +19,6 @@ function bytes(count) {
   return count < 1e9 ? `${(count / 1e6).toFixed(1)} MB` : `${(count / 1e9).toFixed(2)} GB`;
 }
 
-// Fills a table; a cell is text, [text, class], or a list of buttons. Rows that stay the same are left alone.
-function fill(table, heads, rows, empty) {
-  const key = JSON.stringify([language, heads, rows.map((row) => row.map((cell) => (cell instanceof Buttons ? cell.key : cell)))]);
-  if (table.dataset.key === key) return;
-  table.dataset.key = key;
-  const head = element("thead");
-  const line = element("tr");
-  for (const name of heads) {
-    const cell = element("th", name);
-    cell.scope = "col";
-    line.append(cell);
-  }
-  head.append(line);
-  const body = element("tbody");
-  for (const row of rows) {
-    const line = element("tr");
-    for (const cell of row) {
-      if (cell instanceof Buttons) line.append(cell.cell());
-      else line.append(Array.isArray(cell) ? element("td", ...cell) : element("td", String(cell)));
-    }
-    body.append(line);
-  }
-  if (!rows.length) {
-    const cell = element("td", empty, "soft");
-    cell.colSpan = heads.length;
-    const line = element("tr");
-    line.append(cell);
-    body.append(line);
-  }
-  table.replaceChildren(head, body);
-}
-
-class Buttons {
-  constructor(key, actions) {
-    this.key = key;
-    this.actions = actions;
-  }
-
-  cell() {
-    const cell = element("td");
-    for (const [name, act] of this.actions) {
-      const button = element("button", word(name));
-      button.type = "button";
-      button.addEventListener("click", act);
-      cell.append(button);
-    }
-    return cell;
-  }
-}
-
 function pairs(list, rows) {
   list.replaceChildren(...rows.flatMap(([name, value, kind]) => [element("dt", name), element("dd", value, kind || "")]));
 }
@@ -85,7 +27,7 @@ const isAdmin = () => state.role === "admin";
 
 function show() {
   byId("moment").textContent = `${word("updated")} ${new Date(state.at * 1000).toLocaleTimeString(language)}`;
-  byId("role").textContent = `${word("role")}: ${state.role}`;
+  byId("role").textContent = `${word("role")}: ${word(state.role)}`;
   byId("problem").hidden = !state.problem;
   byId("problem").textContent = state.problem ? `${word("problem")}: ${state.problem}` : "";
   showExperts();
@@ -103,13 +45,14 @@ function newest(losses, name) {
 }
 
 function showExperts() {
-  const heads = ["expert", "version", "count", "rate", "staleness", "training_loss", "held_out"].map(word);
+  const heads = ["expert", "version", "count", "rate", "staleness", "training_loss", "held_out", "kept"].map(word);
   if (isAdmin()) heads.push(word("actions"));
   const rows = state.experts.map((expert) => {
     const row = [
       [expert.retired ? `${expert.name} (${word("retired")})` : expert.name, expert.retired ? "soft" : ""], expert.version, expert.workers,
       number(expert.updates_per_minute, 1), number(expert.staleness, 1),
       number(newest(expert.losses, "training"), 3), number(newest(expert.losses, "held_out"), 3),
+      expert.gain_kept === null ? "–" : `${(100 * expert.gain_kept).toFixed(0)} %`,
     ];
     if (isAdmin()) row.push(expertButtons(expert));
     return row;
@@ -133,48 +76,83 @@ function showWorkers() {
   const workers = all.slice(0, MOST_WORKERS);
   byId("filter").hidden = state.workers.length < 10;
   byId("more").textContent = all.length > workers.length ? `+ ${all.length - workers.length} ${word("more")}` : "";
-  const heads = ["worker", "expert", "state", "step", "pace", "end", "heard", "pushes"].map(word);
-  if (isAdmin()) heads.push(word("actions"));
+  const heads = ["worker", "expert", "state", "step", "pace", "end", "device", "heard", "pushes", "actions"].map(word);
   const rows = workers.map((row) => {
     const name = row.state || "unknown";
     const ago = Math.max(0, state.at - row.heard_at);
     const cells = [
       row.worker, row.expert, [row.phase && name === "loading" ? `${word(name)}: ${row.phase}` : word(name), name],
       row.step === null ? "–" : row.steps ? `${row.step} / ${row.steps}` : row.step,
-      number(row.tokens_per_second, 0), duration(row.seconds_left), duration(5 * Math.round(ago / 5)),
+      number(row.tokens_per_second, 0), duration(row.seconds_left), deviceOf(row), duration(5 * Math.round(ago / 5)),
       [`${row.pushes.landed} / ${row.pushes.held} / ${row.pushes.refused}${row.pushes.refusal ? `: ${row.pushes.refusal}` : ""}`, row.pushes.refusal ? "long" : ""],
     ];
-    if (isAdmin()) cells.push(new Buttons(["worker", row.worker, row.expert], [["retract", () => ask("retract", `${row.worker} / ${row.expert}`, "/retract", { expert: row.expert, worker: row.worker })]]));
-    return cells;
+    const actions = [["log", () => showLog(row.worker, row.expert)]];
+    if (isAdmin()) actions.push(["retract", () => ask("retract", `${row.worker} / ${row.expert}`, "/retract", { expert: row.expert, worker: row.worker })]);
+    return [...cells, new Buttons(["worker", row.worker, row.expert, actions.length], actions)];
   });
   fill(byId("workers"), heads, rows, word("no_workers"));
 }
 
-function showGateway() {
-  const gateway = state.gateway;
-  if (!gateway) {
-    pairs(byId("gateway"), [[word("gateway"), word("no_gateway"), "soft"]]);
-    return;
+// What a worker trains on, and what of its memory is held: the GPU's, or by the process.
+function deviceOf(row) {
+  const memory = row.device_total !== null && row.device_memory !== null ? `${gigabytes(row.device_memory)} / ${gigabytes(row.device_total)} GB` : row.memory !== null ? `${gigabytes(row.memory)} GB` : "";
+  return [row.device, memory].filter(Boolean).join(", ") || "–";
+}
+
+const gigabytes = (count) => (count / 1e9).toFixed(count < 1e10 ? 1 : 0);
+
+async function showLog(worker, expert) {
+  const dialog = byId("log-dialog"), lines = byId("log-lines");
+  byId("log-title").textContent = `${worker} / ${expert}`;
+  lines.textContent = "";
+  dialog.showModal();
+  let after = 0;
+  while (dialog.open) {
+    try {
+      const log = await call("GET", `/worker_log?${new URLSearchParams({ worker, expert, after })}`);
+      const atEnd = lines.scrollTop + lines.clientHeight >= lines.scrollHeight - 4;
+      lines.append(log.lines.map((line) => `${line}\n`).join(""));
+      after = log.next;
+      if (!lines.textContent) lines.textContent = word("no_log");
+      else if (lines.textContent.startsWith(word("no_log")) && log.lines.length) lines.firstChild.remove();
+      if (atEnd) lines.scrollTop = lines.scrollHeight;
+    } catch (error) {
+      lines.textContent = error.message;
+      return;
+    }
+    await new Promise((resolve) => { setTimeout(resolve, LOG_MILLISECONDS); });
   }
-  const sources = Object.entries(gateway.sources).map(([name, version]) => `${name} ${version}`).join(", ");
-  const rows = [[word("version"), `${gateway.version} (${gateway.strategy})`], [word("sources"), sources]];
-  if (gateway.verdict) rows.push([word("verdict"), gateway.verdict]);
+}
+
+function showGateway() {
+  const { gateway, gate } = state;
+  const sources = gateway ? Object.entries(gateway.sources).map(([name, version]) => `${name} ${version}`).join(", ") : "";
+  const rows = gateway
+    ? [[word("version"), gateway.version], [word("strategy"), gateway.strategy], [word("sources"), sources]]
+    : [[word("gateway"), word("no_gateway"), "soft"]];
+  if (gate && gate.reason) rows.push([word("verdict"), `${gate.at === null ? "" : `${new Date(gate.at * 1000).toLocaleTimeString(language)}  `}${gate.reason}`]);
+  rows.push([word("gate"), gate ? gate.status : word("no_gate"), gate ? "" : "soft"]);
   pairs(byId("gateway"), rows);
 }
 
 function showDisk() {
   const disk = state.disk;
   if (!disk) {
-    pairs(byId("disk"), [["–", "", "soft"]]);
+    pairs(byId("disk"), [["–", word("hidden"), "soft"]]);
     return;
   }
   const rows = [[word("stored"), bytes(disk.stored)], [word("hour"), bytes(disk.bytes_per_hour)]];
   if (disk.free !== null) rows.push([word("free"), bytes(disk.free)]);
-  if (disk.hours_left !== null) rows.push([word("room"), duration(disk.hours_left * 3600)]);
+  rows.push([word("room"), disk.hours_left === null ? word("idle") : hours(disk.hours_left)]);
   pairs(byId("disk"), rows);
 }
 
+const hours = (count) => (count < 100 ? count.toFixed(1) : count < 1e6 ? Math.round(count).toLocaleString(language) : "> 1,000,000");
+
 function showEvents() {
+  const key = `${language} ${state.events.length ? state.events[0].id : ""}`;
+  if (byId("events").dataset.key === key) return;
+  byId("events").dataset.key = key;
   const items = state.events.slice(0, 50).map((event) => {
     const item = element("li");
     item.append(element("time", new Date(event.at * 1000).toLocaleTimeString(language)));
@@ -187,40 +165,44 @@ function showEvents() {
 function showChart() {
   if (typeof Plotly === "undefined") {
     byId("chart-hint").hidden = false;
+    byId("chart-hint").textContent = word("no_charts");
     return;
   }
-  const drawn = state.experts.filter((expert) => expert.losses.length).slice(0, 12);
-  const key = JSON.stringify([language, drawn.map((expert) => [expert.name, expert.losses.length, expert.losses.at(-1).at])]);
-  if (key === charted.key || performance.now() - charted.at < CHART_MILLISECONDS || !drawn.length) return;
+  const all = state.experts.filter((expert) => expert.losses.length), drawn = all.slice(0, MOST_CURVES);
+  byId("chart-hint").hidden = all.length <= drawn.length;
+  byId("chart-hint").textContent = `+ ${all.length - drawn.length} ${word("more")}`;
+  const key = JSON.stringify([language, dark.matches, drawn.map((expert) => [expert.name, expert.losses.length, expert.losses.at(-1).at])]);
+  if (key === charted.key || !drawn.length) return;
+  const pause = charted.at + CHART_MILLISECONDS - performance.now();
+  if (pause > 0) {
+    clearTimeout(charted.timer);
+    charted.timer = setTimeout(showChart, pause);
+    return;
+  }
   charted = { at: performance.now(), key };
   const colours = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9"];
   const curves = drawn.flatMap((expert, place) => ["training", "held_out"].map((name) => {
     const points = expert.losses.filter((point) => point[name] !== null);
     return {
       x: points.map((point) => new Date(point.at * 1000)), y: points.map((point) => point[name]),
-      name: `${expert.name}, ${word(name === "training" ? "training_loss" : "held_out")}`, mode: points.length < 3 ? "markers" : "lines",
+      name: `${plain(expert.name)}, ${word(name === "training" ? "training_loss" : "held_out")}`, mode: points.length < 3 ? "markers" : "lines",
       line: { color: colours[place % colours.length], width: name === "training" ? 1 : 3, dash: name === "training" ? "dot" : "solid" },
     };
   })).filter((curve) => curve.x.length);
-  const style = getComputedStyle(document.body);
-  const line = style.getPropertyValue("--line");
-  Plotly.react("chart", curves, {
-    height: 300, margin: { l: 45, r: 10, t: 10, b: 30 }, paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)",
-    font: { color: style.color }, xaxis: { gridcolor: line }, yaxis: { gridcolor: line }, showlegend: true, legend: { orientation: "h", y: -0.15 },
-  }, { displayModeBar: false, responsive: true });
+  const layout = { height: 320, margin: { l: 45, r: 10, t: 10, b: 30 }, xaxis: {}, yaxis: {}, showlegend: true, legend: { orientation: "h", y: -0.15 } };
+  Plotly.react("chart", themed(curves), chartLayout(layout), CHART_OPTIONS);
 }
 
 // What is asked for only as an administrator, and only while it changes or is looked at.
 let heldCount = -1;
 
 async function showAdministration() {
-  if (!isAdmin()) return;
-  byId("tokens-section").hidden = false;
-  if (state.held_updates === heldCount) return;
+  byId("tokens-section").hidden = !isAdmin();
+  if (!isAdmin() || state.held_updates === heldCount) return;
   heldCount = state.held_updates;
   byId("held-section").hidden = !heldCount;
   if (!heldCount) return;
-  const held = (await call("GET", "/quarantine")).updates;
+  const held = await asked("/quarantine", "updates", "held");
   const rows = held.map((update) => [
     update.number, update.expert, update.worker, [update.reason, "long"],
     new Buttons(["held", update.number], [
@@ -228,17 +210,29 @@ async function showAdministration() {
       ["reject", () => ask("reject", `${update.number}`, "/quarantine/reject", { number: update.number })],
     ]),
   ]);
-  fill(byId("held"), ["number", "expert", "worker", "reason", "actions"].map(word), rows, "");
+  fill(byId("held"), ["number", "expert", "worker", "reason", "actions"].map(word), rows, "–");
 }
 
 async function showTokens() {
-  const tokens = (await call("GET", "/tokens")).tokens.filter((token) => token.usable);
+  const tokens = (await asked("/tokens", "tokens", "tokens")).filter((token) => token.usable);
   const rows = tokens.map((token) => [
-    token.hash.slice(0, 12), token.label, token.role, token.worker || "",
+    token.hash.slice(0, 12), [token.label, "long"], token.role, token.worker || "",
     token.used_at ? new Date(token.used_at * 1000).toLocaleString(language) : "–",
     new Buttons(["token", token.hash], [["revoke", () => ask("revoke", token.label || token.hash.slice(0, 12), "/tokens/revoke", { hash: token.hash })]]),
   ]);
-  fill(byId("tokens"), [word("token"), word("label"), word("role"), word("worker"), word("used"), word("actions")], rows, "–");
+  fill(byId("tokens"), ["token", "label", "role", "worker", "used", "actions"].map(word), rows, "–");
+}
+
+// A list that the coordinator gives to administrators; nothing, and why, where it does not.
+async function asked(path, name, table) {
+  try {
+    return (await call("GET", path))[name];
+  } catch (error) {
+    heldCount = -1;
+    byId(table).replaceChildren(element("caption", `${word("failed")}: ${error.message}`, "bad"));
+    byId(table).removeAttribute("data-heads");
+    return [];
+  }
 }
 
 async function call(method, path, body) {
@@ -247,10 +241,16 @@ async function call(method, path, body) {
     options.body = JSON.stringify(body);
     options.headers["Content-Type"] = "application/json";
   }
-  const response = await fetch(path, options);
+  const response = await fetch(path, options).catch(() => { throw new Error(word("away")); });
+  if (response.status === 401) toLogin();
   const text = await response.text();
-  const answer = text ? JSON.parse(text) : {};
-  if (!response.ok) throw new Error(answer.detail || response.statusText);
+  let answer = {};
+  try {
+    answer = text ? JSON.parse(text) : {};
+  } catch {
+    // A proxy's own page; its status says enough.
+  }
+  if (!response.ok) throw new Error(answer.detail || `${response.status} ${response.statusText}`);
   return answer;
 }
 
@@ -285,46 +285,41 @@ function ask(action, about, path, body, { version } = {}) {
   dialog.showModal();
 }
 
-function setLive(isLive) {
-  const badge = byId("live");
-  badge.textContent = word(isLive ? "live" : "lost");
-  badge.className = `badge ${isLive ? "good" : "bad"}`;
+function toLogin() {
+  localStorage.removeItem("fedmoe-logged-in");
+  location.replace("/login?ended");
 }
 
-function listen() {
-  const source = new EventSource("/live");
-  source.onopen = () => setLive(true);
-  source.onmessage = (event) => {
-    state = JSON.parse(event.data);
-    setLive(true);
-    if (!document.hidden) show();
-  };
-  source.onerror = async () => {
-    setLive(false);
-    // A refusal ends the source for good: the token may have ended.
-    if (source.readyState === EventSource.CLOSED) {
-      const answer = await fetch("/status").catch(() => null);
-      if (answer && answer.status === 401) location.replace("/login");
-      else setTimeout(listen, 2000);
-    }
-  };
+// The stream is refused for good where the token has ended; else the coordinator is just starting.
+async function refused() {
+  const answer = await fetch("/status").catch(() => null);
+  if (answer && answer.status === 401) toLogin();
 }
 
 document.addEventListener("visibilitychange", () => { if (!document.hidden && state) show(); });
-byId("language").addEventListener("click", () => {
-  switchLanguage();
-  byId("filter").placeholder = word("filter");
+dark.addEventListener("change", () => { if (state) show(); });
+languageButton(() => {
+  heldCount = -1;
   if (state) show();
+  if (byId("tokens-details").open) showTokens();
 });
 byId("log-out").addEventListener("click", async () => {
-  await fetch("/session/end", { method: "POST" });
+  await fetch("/session/end", { method: "POST" }).catch(() => {});
   localStorage.removeItem("fedmoe-logged-in");
   location.replace("/login");
 });
+// Logged out in another tab.
+window.addEventListener("storage", (event) => { if (event.key === "fedmoe-logged-in" && event.newValue === null) location.replace("/login"); });
 byId("filter").addEventListener("input", () => { if (state) showWorkers(); });
+byId("dialog").querySelector("form").addEventListener("submit", (event) => {
+  // Enter in a field must not count as the cancel button.
+  if (event.submitter === null || event.submitter.value !== "cancel") event.preventDefault();
+});
 byId("tokens-details").addEventListener("toggle", (event) => { if (event.target.open) showTokens(); });
-byId("filter").placeholder = word("filter");
 byId("log-out").hidden = !localStorage.getItem("fedmoe-logged-in");
 translate();
 setLive(false);
-listen();
+listen((message) => {
+  state = message;
+  if (!document.hidden) show();
+}, refused);
