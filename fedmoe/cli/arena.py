@@ -15,6 +15,7 @@ from fedmoe.cli.arena_tournament import tournament
 from fedmoe.cli.options import AsJson, Token, template_of
 from fedmoe.cli.output import CommandError, importing, reserved_output, show_json
 from fedmoe.runtime.logs import configure
+from fedmoe.runtime.trackers import REPORT_TO
 
 if TYPE_CHECKING:
     from fedmoe.arena.config import ArenaConfig
@@ -60,6 +61,9 @@ def train(
     ] = None,
     prometheus_port: Annotated[int | None, typer.Option(help="Serve metrics on this port of 127.0.0.1.")] = None,
     tensorboard: Annotated[bool, typer.Option(help="Write TensorBoard files to OUT/tensorboard.")] = True,
+    report_to: Annotated[
+        str, typer.Option(envvar=REPORT_TO, metavar="NAMES", help="Also send metrics to: trackio, wandb, mlflow.")
+    ] = "",
     charts: Annotated[bool, typer.Option(help="Draw the charts at the end, to OUT/visualization_outputs.")] = True,
     as_json: AsJson = False,
 ) -> None:
@@ -76,7 +80,11 @@ def train(
     limits = (memory_limit_gb, gpu_memory_limit_gb, allow_network_fs)
     options = RunOptions(out, resume, *limits, rollout_device, learner_device, dtype, token, ray_address)
     monitors = partial(
-        all_monitors, iterations=run.iterations, prometheus_port=prometheus_port, tensorboard=tensorboard
+        all_monitors,
+        iterations=run.iterations,
+        prometheus_port=prometheus_port,
+        tensorboard=tensorboard,
+        report_to=report_to,
     )
     with reserved_output(as_json):
         if fresh:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from dataclasses import asdict
 from pathlib import Path
 from typing import Literal
@@ -10,7 +11,9 @@ from typing import Literal
 import structlog
 
 from fedmoe.qwen_worker import EvaluationRecord, StepRecord
-from fedmoe.runtime.records import RecordWriter
+from fedmoe.runtime.records import Recorder, RecordWriter
+from fedmoe.runtime.sinks import WatchedWriter
+from fedmoe.runtime.trackers import REPORT_TO, open_trackers
 from fedmoe.wire.client import CoordinatorUnavailableError, PulledExpert
 from fedmoe.wire.contract.messages import HELD_OUT, StatisticRequest, UpdateResult
 from fedmoe.wire.delivery import DeliveryOutcome
@@ -23,10 +26,12 @@ Phase = Literal["loading the base model", "preparing data", "statistics of the d
 
 
 class WorkerReport:
-    """Writes `metrics.jsonl` in the worker's state directory, and the log."""
+    """Writes `metrics.jsonl` in the worker's state directory, and the log; FEDMOE_REPORT_TO names trackers beside."""
 
     def __init__(self, state_dir: Path, worker: str, expert: str) -> None:
-        self._records = RecordWriter(state_dir / "metrics.jsonl")
+        records = RecordWriter(state_dir / "metrics.jsonl")
+        trackers = open_trackers(os.environ.get(REPORT_TO, ""), worker, state_dir)
+        self._records: Recorder = WatchedWriter(records, trackers) if trackers else records
         self._worker = worker
         self._expert = expert
         self._staleness = 0

@@ -14,9 +14,10 @@ from pathlib import Path
 import pytest
 from structlog.testing import capture_logs
 
-from fedmoe.monitor.exporters import PrometheusSink, TensorBoardSink, WatchedWriter
+from fedmoe.monitor.exporters import PrometheusSink, TensorBoardSink
 from fedmoe.monitor.sample_records import sample_records
 from fedmoe.runtime.records import Record, RecordValue, RecordWriter, read_records
+from fedmoe.runtime.sinks import WatchedWriter
 
 
 @pytest.fixture
