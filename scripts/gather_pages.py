@@ -28,7 +28,32 @@ def gather(target: Path) -> list[str]:
     pages = sorted(target.rglob("*.md"))
     for page in pages:
         page.write_text(LINK.sub(lambda found, page=page: _link(found, page), page.read_text()))
-    return [str(page.relative_to(target)) for page in pages]
+    names = [str(page.relative_to(target)) for page in pages]
+    (target / "llms.txt").write_text(index(target, names))
+    return names
+
+
+def index(target: Path, names: list[str]) -> str:
+    """The pages by title and address, in the form that programs look for as llms.txt."""
+    lines = [f"- [{_title(target / name)}]({name.removesuffix('.md')}.html)" for name in names]
+    lines[names.index("README.md")] = "- [FedMoE](index.html)"
+    return (
+        "# FedMoE\n\n> LoRA experts trained where the data lives, and one gateway model made of all of them.\n\n"
+        + "\n".join(
+            [
+                "Every command that ends takes `--json`; `fedmoe config schema` prints the schema of `fedmoe.toml`.",
+                "",
+                "## Pages",
+                "",
+                *lines,
+                "",
+            ]
+        )
+    )
+
+
+def _title(page: Path) -> str:
+    return page.read_text().partition("\n")[0].removeprefix("# ")
 
 
 def _link(found: re.Match[str], page: Path) -> str:

@@ -1,4 +1,4 @@
-"""Writes the reference pages of the site: every command with its options, every key of every configuration file."""
+"""Writes the reference pages of the site: commands, keys of configuration files, routes with their schemas."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, get_origin
+from unittest.mock import MagicMock
 
 import typer
 
@@ -14,15 +15,16 @@ from fedmoe.cli.commands import app
 from fedmoe.cli.config import file_schema
 from fedmoe.config import PROCESSES
 from fedmoe.runtime.config_file import is_secret, variables_of
+from fedmoe.server.routes.routes import create_app
 from fedmoe.simulation.config import SimulationConfig
 
 _WORDS = {"bool": "", "int": "NUMBER", "float": "NUMBER", "str": "TEXT", "Path": "PATH", "list": "TEXT..."}
 
 
 def write(folder: Path) -> list[Path]:
-    """Write both pages into a folder; returns their places."""
+    """Write the pages into a folder; returns their places."""
     folder.mkdir(parents=True, exist_ok=True)
-    pages = {"cli.md": command_page(), "configuration.md": configuration_page()}
+    pages = {"cli.md": command_page(), "configuration.md": configuration_page(), "http.md": http_page()}
     for name, text in pages.items():
         (folder / name).write_text(text)
     return [folder / name for name in pages]
@@ -74,15 +76,58 @@ def configuration_page() -> str:
     return "\n\n".join(parts) + "\n"
 
 
+def http_page() -> str:
+    """Every route of a coordinator, as its `/openapi.json` has it."""
+    # No route is called, so nothing behind them is needed.
+    document = create_app(MagicMock(), MagicMock(required=True)).openapi()
+    parts = [
+        "# HTTP routes",
+        "Written from the coordinator's `/openapi.json`. What the routes are for: [HTTP API](../http-api.md).",
+    ]
+    for path, operations in document["paths"].items():
+        for method, operation in operations.items():
+            parts += [f"## {method.upper()} {path}", _plain(operation.get("description", ""))]
+            rows = [
+                (f"`{item['name']}`", item["in"], _kind(item["schema"])) for item in operation.get("parameters", ())
+            ]
+            for kind, content in operation.get("requestBody", {}).get("content", {}).items():
+                rows.append((f"`{kind}`", "body", _kind(content.get("schema", {}))))
+            if rows:
+                parts.append(_table(("what is sent", "where", "value"), rows))
+            answers = [(status, _answer(answer)) for status, answer in operation["responses"].items()]
+            parts.append(_table(("answer", "content, or code of the problem"), answers))
+    return "\n\n".join([*filter(None, parts), "## Schemas", *_schema_tables(document["components"]["schemas"])]) + "\n"
+
+
+def _answer(answer: Mapping[str, Any]) -> str:
+    """What an answer holds: the codes of problems, else types with their schemas."""
+    parts = []
+    for kind, content in answer.get("content", {}).items():
+        codes = _codes(content) if "problem" in kind else set()
+        parts.append(", ".join(f"`{code}`" for code in sorted(codes)) or f"`{kind}` {_kind(content.get('schema', {}))}")
+    return " or ".join(part.strip() for part in parts)
+
+
+def _codes(part: object) -> set[str]:
+    """Every problem code that part of the document names."""
+    if isinstance(part, dict):
+        own = set(part["code"].get("enum", ())) if isinstance(part.get("code"), dict) else set()
+        return own.union(*map(_codes, part.values()))
+    return set().union(*map(_codes, part)) if isinstance(part, list) else set()
+
+
 def _model_tables(schema: Mapping[str, Any]) -> Iterator[str]:
     """A table of the outermost keys, then one of each kind of section that they name."""
-    for title, section in {"": schema, **schema.get("$defs", {})}.items():
+    yield from _schema_tables({"": schema, **schema.get("$defs", {})})
+
+
+def _schema_tables(schemas: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
+    for title, section in schemas.items():
         if "properties" in section:
             rows = [(f"`{key}`", _kind(entry), _default(entry)) for key, entry in section["properties"].items()]
             text = section.get("description", "").partition("\n\n")[0].replace("\n", " ")
-            yield "\n\n".join(
-                filter(None, (f"### {title}" if title else "", text, _table(("key", "value", "default"), rows)))
-            )
+            table = _table(("key", "value", "default"), rows)
+            yield "\n\n".join(filter(None, (f"### {title}" if title else "", text, table)))
 
 
 def _commands(name: str, command: Any) -> Iterator[tuple[str, Any]]:

@@ -57,3 +57,10 @@ def test_the_reference_has_every_key_of_the_configuration(pages: Path) -> None:
     for name, section in sections.items():
         part = text.partition(f"## [{name}]")[2].partition("\n## ")[0]
         assert re.findall(r"^\| `(\w+)`", part, re.MULTILINE) == list(section["properties"])
+
+
+def test_the_reference_has_every_route(pages: Path) -> None:
+    described = re.findall(r"^\| `((?:GET|POST) /\S+)` \|", (ROOT / "docs" / "http-api.md").read_text(), re.MULTILINE)
+    text = (pages / "docs" / "reference" / "http.md").read_text()
+    assert set(re.findall(r"^## (.+)$", text, re.MULTILINE)) == set(described) - {"GET /openapi.json"} | {"Schemas"}
+    assert "`unknown_expert`" in text

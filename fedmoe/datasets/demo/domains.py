@@ -141,6 +141,7 @@ def _domain(
         say(f"{folder.name}: already there")
         return there
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as scratch:
+        say(f"{folder.name}: reading its source")
         documents, origin = fetch_documents(recipe.source, Path(scratch), archives, say)
         split = held_out_chunks if recipe.held_out else split_chunks
         train, test, dropped = split(documents, recipe.chunks)
