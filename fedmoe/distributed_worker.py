@@ -98,7 +98,8 @@ class DistributedWorker:
         self._group = worker.expert.group
         self._talks = self._group.rank == 0
         self._outbox = outbox
-        self._report = WorkerReport(state_dir, settings.worker, settings.expert) if self._talks else None
+        steps = worker.expert.training.max_steps or None
+        self._report = WorkerReport(state_dir, settings.worker, settings.expert, steps) if self._talks else None
         self._on_step, self._on_registered, self._clock = on_step, on_registered, clock
         self._stop = threading.Event()
         self._delivery: Delivery | None = None

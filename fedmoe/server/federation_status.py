@@ -93,17 +93,20 @@ def _worker(
     if heard is None:
         return status
     heartbeat, at = heard
-    rate, left = heartbeat.steps_per_second, None
-    if heartbeat.steps is not None and rate:
-        left = max(0, heartbeat.steps - heartbeat.step) / rate
+    state = state_of(heartbeat, at, now)
+    # Of one that is silent or gone nobody knows a pace.
+    rate, pace, left = heartbeat.steps_per_second, None, None
+    if state == "training":
+        pace = heartbeat.tokens_per_second
+        left = max(0, heartbeat.steps - heartbeat.step) / rate if heartbeat.steps is not None and rate else None
     return status.model_copy(
         update={
-            "state": state_of(heartbeat, at, now),
+            "state": state,
             "phase": heartbeat.phase,
             "step": heartbeat.step,
             "steps": heartbeat.steps,
             "seconds_left": left,
-            "tokens_per_second": heartbeat.tokens_per_second,
+            "tokens_per_second": pace,
             "loss": status.loss if heartbeat.loss is None else heartbeat.loss,
             "device": heartbeat.device,
             "memory": heartbeat.memory,

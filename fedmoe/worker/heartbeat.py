@@ -14,6 +14,7 @@ from fedmoe.runtime.logs import LogTail
 from fedmoe.runtime.memory import used_memory
 from fedmoe.wire.client import CoordinatorClient, CoordinatorUnavailableError
 from fedmoe.wire.contract.status import LONGEST_LINE, MOST_LINES, Heartbeat, OwnState
+from fedmoe.worker.pace import Pace
 
 _log = structlog.get_logger("fedmoe.worker")
 
@@ -31,8 +32,6 @@ _LEAST_SECONDS, _MOST_SECONDS = 1.0, 10.0
 # Refusals that pass by themselves: the expert is registered after the base model is loaded, haste is over soon.
 _PASSING = frozenset({"unknown_expert", "too_many_requests", "no_owner", "busy", "retired"})
 _LAST_SECONDS = 2.0
-# The weight of a new step in the mean of the last ones.
-_NEW_SHARE = 0.2
 
 
 class HeartbeatSender:
@@ -45,10 +44,7 @@ class HeartbeatSender:
         self._interval = min(max(sync_interval, _LEAST_SECONDS), _MOST_SECONDS)
         self._state: OwnState = "loading"
         self._phase = self._device = ""
-        self._step: StepRecord | None = None
-        self._steps: int | None = None
-        self._seconds_a_step: float | None = None
-        self._tokens_a_step = 0.0
+        self._pace = Pace()
         self._sent = 0
         self._changed = threading.Event()
         self._closed = threading.Event()
@@ -62,15 +58,12 @@ class HeartbeatSender:
 
     def training(self, device: str, steps: int | None) -> None:
         """Training begins; `steps` is how many there will be in all, None without an end."""
-        self._state, self._phase, self._device, self._steps = "training", "", device, steps
+        self._state, self._phase, self._device, self._pace.steps = "training", "", device, steps
         self._changed.set()
 
     def stepped(self, record: StepRecord) -> None:
         """A step is done; sent with the next heartbeat."""
-        share = 1.0 if self._seconds_a_step is None else _NEW_SHARE
-        self._seconds_a_step = share * record.seconds + (1 - share) * (self._seconds_a_step or 0.0)
-        self._tokens_a_step = share * record.tokens + (1 - share) * self._tokens_a_step
-        self._step = record
+        self._pace.add(record)
 
     def close(self) -> None:
         """Say that the worker leaves, in `_LAST_SECONDS` at most."""
@@ -103,7 +96,7 @@ class HeartbeatSender:
 
     def _send(self, state: OwnState) -> None:
         first, lines = self._tail.since(self._sent, MOST_LINES)
-        record, seconds = self._step, self._seconds_a_step
+        record = self._pace.newest
         held, total = held_and_total(self._device) or (None, None)
         self._client.heartbeat(
             Heartbeat(
@@ -113,9 +106,9 @@ class HeartbeatSender:
                 interval=self._interval,
                 phase=self._phase[:200],
                 step=record.step if record else 0,
-                steps=self._steps,
-                steps_per_second=1.0 / seconds if seconds else None,
-                tokens_per_second=self._tokens_a_step / seconds if seconds else None,
+                steps=self._pace.steps,
+                steps_per_second=self._pace.steps_per_second,
+                tokens_per_second=self._pace.tokens_per_second,
                 loss=record.loss if record and 0 <= record.loss <= 1000 else None,
                 device=self._device[:200],
                 memory=used_memory(),

@@ -18,6 +18,7 @@ from fedmoe.wire.client import CoordinatorUnavailableError, PulledExpert
 from fedmoe.wire.contract.messages import HELD_OUT, StatisticRequest, UpdateResult
 from fedmoe.wire.delivery import DeliveryOutcome
 from fedmoe.wire.outbox import PendingUpdate
+from fedmoe.worker.pace import Pace
 from fedmoe.worker.recovery import WorkerSyncPoint
 
 _log = structlog.get_logger("fedmoe.worker")
@@ -26,14 +27,18 @@ Phase = Literal["loading the base model", "preparing data", "statistics of the d
 
 
 class WorkerReport:
-    """Writes `metrics.jsonl` in the worker's state directory, and the log; FEDMOE_REPORT_TO names trackers beside."""
+    """Writes `metrics.jsonl` in the worker's state directory, and the log; FEDMOE_REPORT_TO names trackers beside.
 
-    def __init__(self, state_dir: Path, worker: str, expert: str) -> None:
+    `steps` is how many there will be in all, None without an end.
+    """
+
+    def __init__(self, state_dir: Path, worker: str, expert: str, steps: int | None = None) -> None:
         records = RecordWriter(state_dir / "metrics.jsonl")
         trackers = open_trackers(os.environ.get(REPORT_TO, ""), worker, state_dir)
         self._records: Recorder = WatchedWriter(records, trackers) if trackers else records
         self._worker = worker
         self._expert = expert
+        self._pace = Pace(steps)
         self._staleness = 0
         self._newest: EvaluationRecord | None = None
         self._under_way: EvaluationRecord | None = None
@@ -45,6 +50,7 @@ class WorkerReport:
 
     def step(self, record: StepRecord, version: int) -> None:
         """One training step on top of `version`."""
+        self._pace.add(record)
         self._records.write(
             "step",
             worker=self._worker,
@@ -110,9 +116,20 @@ class WorkerReport:
             "bytes": len(pending.body),
         }
         shown, seconds = None if loss is None else round(loss, 4), round(answer.seconds, 3)
-        _log.info("pushed", **pushed, duplicate=result.duplicate, loss=shown, seconds=seconds)
+        _log.info("pushed", **self._progress(), **pushed, duplicate=result.duplicate, loss=shown, seconds=seconds)
         measured = {**pushed, "loss": loss, "seconds": answer.seconds}
         self._records.write("push", worker=self._worker, expert=self._expert, **measured)
+
+    def _progress(self) -> dict[str, int]:
+        """How far training is, at which pace, and in how many seconds it ends; what is not known is left out."""
+        pace, record = self._pace, self._pace.newest
+        values = {
+            "step": record.step if record else None,
+            "steps": pace.steps,
+            "tokens_per_second": pace.tokens_per_second,
+            "seconds_left": pace.seconds_left,
+        }
+        return {name: round(value) for name, value in values.items() if value is not None}
 
     def _report_outcomes(self, result: UpdateResult) -> None:
         """What became of updates that were held, each once."""

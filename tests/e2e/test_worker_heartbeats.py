@@ -40,6 +40,7 @@ def test_a_worker_is_seen_at_work_silent_once_it_was_killed_and_gone_once_it_lef
         assert (row.worker, row.expert, row.steps, row.device) == ("w1", "python", 1_000_000, "cpu")
         assert row.tokens_per_second
         assert row.seconds_left
+        assert row.memory
         process.kill()
         process.join(20)
         assert wait_for(client, lambda row: row.state == "silent", worker).step == client.status().workers[0].step
@@ -56,7 +57,9 @@ def test_a_worker_is_seen_at_work_silent_once_it_was_killed_and_gone_once_it_lef
     assert StatusInfo.model_validate(json.loads(machine.stdout)).workers[0].state == "left"
     log = run("-m", "fedmoe", "logs", "w1", "--follow", "--coordinator-url", coordinator.url)
     assert log.returncode == 0, log.stderr
-    assert any(" pushed " in line and "version=" in line for line in log.stdout.splitlines()), log.stdout
+    synced = [line for line in log.stdout.splitlines() if " pushed " in line]
+    told = ("step=", "steps=", "tokens_per_second=", "seconds_left=", "version=")
+    assert any(all(name in line for name in told) for line in synced), log.stdout
     everything = worker.log.read_text()
     assert '"dataset"' in everything
     assert worker.dataset.name not in log.stdout

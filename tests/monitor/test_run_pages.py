@@ -59,7 +59,7 @@ def test_a_run_says_scores_with_intervals_trends_wins_and_the_machine(run: Path)
     assert 0 <= machine["cpu_percent"] <= 100
     assert machine["process_bytes"] > 1e9
     assert machine["tokens_per_second"] > 0
-    assert shown["iteration"] == 5
+    assert shown["iterations"] == [0, 5]
     assert {"reward", "kl", "entropy", "system", "credit"} <= {figure["name"] for figure in shown["figures"]}
 
 

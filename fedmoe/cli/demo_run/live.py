@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Self
 
@@ -14,8 +14,10 @@ from rich.live import Live
 from rich.table import Table
 
 from fedmoe.cli.demo_run.plan import WORKERS, DemoPlan
+from fedmoe.runtime.periodic import repeated
 
-_PRINT_SECONDS = 15.0
+# Elsewhere than on a terminal, something is said so often at least.
+_PRINT_SECONDS = 5.0
 #: Before a worker logs anything, and once its steps are what there is to show.
 STARTING, TRAINING = "starting", "training"
 _COLUMNS = ("worker", "phase", "step", "loss", "tokens/s", "version", "staleness", "pushes")
@@ -36,6 +38,27 @@ def _objects(path: Path, position: int = 0) -> Iterator[dict[str, Any] | None]:
                 if isinstance(value := json.loads(line), dict):
                     yield value
         yield None
+
+
+@contextmanager
+def sign_of_life(console: Console, what: str) -> Iterator[Callable[[str], None]]:
+    """Show that something is being done until it is: a spinner on a terminal, a line every few seconds elsewhere.
+
+    Yields a function that says how far it is.
+    """
+    began, shown = time.monotonic(), [what]
+
+    def say() -> None:
+        console.print(f"  {shown[0]} ({time.monotonic() - began:.0f} s)", highlight=False, soft_wrap=True)
+
+    def update(text: str) -> None:
+        shown[0] = f"{what}: {text}"
+        if spinner is not None:
+            spinner.update(shown[0])
+
+    spinner = console.status(what) if console.is_terminal else None
+    with spinner if spinner is not None else repeated(say, _PRINT_SECONDS, "sign-of-life"):
+        yield update
 
 
 class _WorkerProgress:

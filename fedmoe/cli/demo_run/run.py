@@ -12,7 +12,7 @@ from typing import Any
 from rich.console import Console
 
 from fedmoe import __version__
-from fedmoe.cli.demo_run.live import DemoView
+from fedmoe.cli.demo_run.live import DemoView, sign_of_life
 from fedmoe.cli.demo_run.plan import GENERAL, WORKERS, DemoPlan
 from fedmoe.cli.demo_run.processes import DemoProcess, free_port, start, wait_until_healthy
 from fedmoe.cli.demo_run.report import GATEWAY, report_json, report_markdown, report_table, results
@@ -35,7 +35,8 @@ def run_demo(plan: DemoPlan, console: Console) -> None:
     """The whole demonstration; continues where an earlier run of the same folder stopped."""
     started = time.monotonic()
     console.print(f"[bold]1/4[/] base model {plan.base_model} and data")
-    prepare_base(plan.base_model)
+    with sign_of_life(console, "checking the base model"):
+        prepare_base(plan.base_model)
 
     def say(line: str) -> None:
         console.print(f"  {line}", highlight=False)
@@ -68,11 +69,12 @@ def serve_demo(plan: DemoPlan, console: Console, port: int) -> None:
     with ExitStack() as started:
         coordinator = start("coordinator", plan.coordinator_command(coordinator_port), logs / "coordinator.log")
         started.callback(coordinator.stop)
-        wait_until_healthy(coordinator, url)
+        with sign_of_life(console, "starting the coordinator"):
+            wait_until_healthy(coordinator, url)
         server = start("gateway server", plan.serve_command(url, port), logs / "gateway.log")
         started.callback(server.stop)
-        console.print("loading the base model ...")
-        wait_until_healthy(server, f"http://127.0.0.1:{port}")
+        with sign_of_life(console, "loading the base model"):
+            wait_until_healthy(server, f"http://127.0.0.1:{port}")
         console.print(f"OpenAI clients: http://127.0.0.1:{port}/v1 (models: gateway, auto and the experts)")
         console.print(f"the federation's page: {url}/   Ctrl-C ends both")
         while server.check() and coordinator.check():
@@ -86,7 +88,9 @@ def _train(plan: DemoPlan, console: Console) -> None:
     with ExitStack() as started:  # stops what was started, the last first, whatever happens in between
         coordinator = start("coordinator", plan.coordinator_command(port), plan.folder / "logs" / "coordinator.log")
         started.callback(coordinator.stop)
-        wait_until_healthy(coordinator, url)
+        with sign_of_life(console, "starting the coordinator"):
+            wait_until_healthy(coordinator, url)
+        console.print(f"  the federation's page: {url}/", highlight=False, soft_wrap=True)
         view = DemoView(plan, console)  # looks at what is logged from now on
         workers: list[DemoProcess] = []
         for worker in WORKERS:
@@ -98,7 +102,8 @@ def _train(plan: DemoPlan, console: Console) -> None:
             while sum(process.check() for process in workers) and coordinator.check():
                 view.refresh()
                 time.sleep(_POLL_SECONDS)
-        _save_models(plan, url)
+        with sign_of_life(console, "saving the experts and the gateway"):
+            _save_models(plan, url)
 
 
 def _save_models(plan: DemoPlan, url: str) -> None:
@@ -128,7 +133,8 @@ def _save_models(plan: DemoPlan, url: str) -> None:
 def _measure(plan: DemoPlan, console: Console) -> tuple[LossMatrix, dict[str, Any]]:
     """Score the saved models on the held-out files, with what cores are free after training; also facts of the run."""
     pin_threads(own_threads(os.environ).count or None)
-    base = load_base(plan.base_model)
+    with sign_of_life(console, "loading the base model"):
+        base = load_base(plan.base_model)
     names = [*(worker.expert for worker in WORKERS), GATEWAY]
     folders = {name: (plan.folder / "adapters" / name).iterdir() for name in names}
     adapters = {name: read_peft({path.name: path.read_bytes() for path in files}) for name, files in folders.items()}
@@ -137,8 +143,8 @@ def _measure(plan: DemoPlan, console: Console) -> tuple[LossMatrix, dict[str, An
         domain: held_out_blocks(plan.data / domain / "test.jsonl", base, plan.max_length, plan.held_out_blocks)
         for domain in (*(worker.domain for worker in WORKERS), GENERAL)
     }
-    with console.status("") as status:
-        matrix = evaluate(base, adapters, held_out, progress=status.update)
+    with sign_of_life(console, "measuring") as progress:
+        matrix = evaluate(base, adapters, held_out, progress=progress)
     return matrix, {
         "fedmoe": __version__,
         "base_model": base.identity.name,

@@ -6,11 +6,11 @@ import json
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 from fedmoe.monitor.arena_series import ArenaSeries, Estimate, NoRecordsError, arena_series
 from fedmoe.monitor.interactive.figures import interactive_figures
-from fedmoe.monitor.palette import run_line
 from fedmoe.runtime.records import RecordFile
 
 RECORDS = "metrics.jsonl"
@@ -78,9 +78,8 @@ class _Run:
 
 def _run(series: ArenaSeries) -> dict[str, object]:
     return {
-        "facts": run_line(series, lambda text, longest: text),
-        "sample": series.facts.sample,
-        "iteration": _number(series.iterations[1]),
+        **asdict(series.facts),
+        "iterations": [int(place) for place in series.iterations],
         "policies": [_policy(series, policy) for policy in series.policies],
         "wins": [
             {"policy": point.policy, "opponent": point.opponent, "win": _estimate(point.win)}

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import io
 import json
+import time
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
 from rich.console import Console
 from structlog.testing import capture_logs
 
-from fedmoe.cli.demo_run.live import DemoView
+from fedmoe.cli.demo_run import live
+from fedmoe.cli.demo_run.live import DemoView, sign_of_life
 from fedmoe.cli.demo_run.plan import WORKERS, DemoPlan
 from fedmoe.runtime.records import RecordWriter
 from fedmoe.worker.report import PhaseLog, log_phase
@@ -109,3 +112,19 @@ def test_half_a_line_is_read_once_it_is_whole(tmp_path: Path) -> None:
         with path.open("ab") as file:
             file.write(whole[20:].replace(b'"step": 4', b'"step": 5'))
     assert "step 5/9" in out.getvalue()
+
+
+def test_a_long_wait_says_again_and_again_that_it_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(live, "_PRINT_SECONDS", 0.01)
+    out = io.StringIO()
+    with sign_of_life(Console(file=out, force_terminal=False, width=200), "measuring") as update:
+        wait_until(lambda: out.getvalue().count("measuring (") >= 2)
+        update("gateway on sql")
+        wait_until(lambda: "measuring: gateway on sql (" in out.getvalue())
+
+
+def wait_until(holds: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 60
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)

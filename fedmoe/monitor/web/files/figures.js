@@ -17,6 +17,7 @@ const FIGURE_WORDS = {
   "accuracy": "正确率", "valid moves": "有效动作", "efficiency": "效率", "rating": "评分", "stability": "稳定性",
   "shared": "共享", "individual": "个人", "difference": "差异", "versus": "对抗", "reward": "奖励", "tokens": "词元", "win rate": "胜率", "per 1000 tokens": "每千词元",
   "cooperative": "合作", "competitive": "竞争", "team battle": "团队对战", "mixed": "混合",
+  "mode": "模式", "learning rate": "学习率", "survival": "选择", "temperature": "温度", "exploration": "探索", "base weight": "基础权重",
 };
 // Figures whose curves are named after what they show, not after policies; those with such words along an axis.
 const NAMED_CURVES = new Set(["performance", "team", "system", "timing"]);
@@ -41,6 +42,7 @@ function traceOf(figure, trace) {
   for (const key of ["x", "y", "theta", "customdata", "text"]) if (key in trace) shown[key] = escaped(trace[key]);
   const places = NAMED_PLACES[figure.name];
   if (places && places in trace) shown[places] = trace[places].map((text) => plain(inWords(text)));
+  if (trace.type === "heatmap" && dark.matches) shown.textfont = { color: colourOf("--text") };
   if (trace.hovertemplate) shown.hovertemplate = hoverInWords(trace.hovertemplate);
   return shown;
 }

@@ -9,7 +9,7 @@ addWords({
     wins: "Win rate (interval) against", decisions: "Decisions", iteration: "iteration", what: "what", change: "change", reason: "why",
     none: "nothing was recorded yet", no_episodes: "no episode that fits was kept", sample: "SAMPLE DATA: not a real run", saw: "saw", said: "said", recent: "Reward, KL, entropy and staleness: means of the last fifth.",
     machine: "Machine", cpu: "CPU", memory: "memory", process: "this run", gpu: "GPU", gpu_memory: "GPU memory", disk: "disk used", free: "disk free", pace: "tokens/s",
-    team: "team", seat: "seat", limit: "ran into the limit of tokens", cut: "the rest is left out", question: "question", no_charts: "Charts need plotly: pip install 'fedmoe[web]'",
+    team: "team", seat: "seat", limit: "ran into the limit of tokens", cut: "the rest is left out", question: "question", whole: "whole run", task: "task", base: "base", mode: "mode", seed: "seed", iterations: "iterations", no_charts: "Charts need plotly: pip install 'fedmoe[web]'",
   },
   zh: {
     title: "FedMoE 竞技场", runs: "运行", episodes: "对局", run: "运行", policy: "策略", order: "排序", newest: "最新", lowest: "奖励最低", highest: "奖励最高",
@@ -17,7 +17,7 @@ addWords({
     reward: "奖励", kl: "KL", entropy: "熵", staleness: "陈旧度", policies: "策略", wins: "对各对手的胜率（区间）", decisions: "决策", iteration: "迭代",
     what: "内容", change: "变化", reason: "原因", none: "尚无记录", no_episodes: "没有符合条件的对局", sample: "示例数据：不是真实运行", saw: "所见", said: "所答",
     recent: "奖励、KL、熵和陈旧度为最后五分之一的均值。", machine: "机器", cpu: "处理器", memory: "内存", process: "本次运行", gpu: "GPU", gpu_memory: "GPU 显存", disk: "磁盘已用",
-    free: "磁盘可用", pace: "词元/秒", team: "团队", seat: "席位", limit: "达到词元上限", cut: "其余省略", question: "问题", no_charts: "图表需要 plotly：pip install 'fedmoe[web]'",
+    free: "磁盘可用", pace: "词元/秒", team: "团队", seat: "席位", limit: "达到词元上限", cut: "其余省略", question: "问题", whole: "整个运行", task: "任务", base: "基础模型", mode: "模式", seed: "种子", iterations: "迭代", no_charts: "图表需要 plotly：pip install 'fedmoe[web]'",
   },
 });
 let state = null; // the newest message
@@ -37,7 +37,7 @@ function showOverview() {
     const best = scored.reduce((one, two) => (one === null || two.score[0] > one.score[0] ? two : one), null);
     const rewards = run.policies.map((row) => row.reward).filter((value) => value !== null);
     const mean = rewards.length ? rewards.reduce((sum, value) => sum + value, 0) / rewards.length : null;
-    return [run.name, number(run.iteration, 0), [best ? `${best.policy} ${interval(best.score)}` : "–", "long"], number(mean, 3), number(run.machine.tokens_per_second, 0)];
+    return [run.name, run.iterations[1], [best ? `${best.policy} ${interval(best.score)}` : "–", "long"], number(mean, 3), number(run.machine.tokens_per_second, 0)];
   });
   fill(byId("compared"), ["run", "iteration", "best", "reward", "pace"].map(word), rows, word("none"));
 }
@@ -53,8 +53,8 @@ function partsOf(section) {
   };
   const parts = {
     name: element("h2"), path: element("p", "", "path"), problem: element("p", "", "soft"), sample: element("p", "", "sample"), facts: element("p", "", "hint"),
-    policiesHead: element("h3"), policies: table("scroll"), recent: element("p", "", "hint"), winsHead: element("h3"), wins: table("scroll"),
-    machineHead: element("h3"), machine: element("dl"), decisionsHead: element("h3"), decisions: table("decisions"),
+    policiesHead: element("h3"), policies: table("scroll cards"), recent: element("p", "", "hint"), winsHead: element("h3"), wins: table("scroll"),
+    machineHead: element("h3"), machine: element("dl"), decisionsHead: element("h3"), decisions: table("decisions cards"),
   };
   section.append(...Object.values(parts));
   section.parts = parts;
@@ -70,7 +70,8 @@ function showRun(section, run) {
   if (ends) return;
   parts.sample.hidden = !run.sample;
   parts.sample.textContent = word("sample");
-  parts.facts.textContent = run.facts;
+  const facts = [["task", run.task], ["base", run.base_model], ["mode", inWords(run.mode.replaceAll("_", " "))], ["seed", run.seed], ["iterations", run.iterations.join(" – ")]];
+  parts.facts.textContent = facts.filter(([, value]) => value).map(([name, value]) => `${word(name)} ${value}`).join(" · ");
   for (const name of ["policies", "wins", "machine", "decisions"]) parts[`${name}Head`].textContent = word(name);
   const rows = run.policies.map((row) => [
     row.policy, interval(row.score), number(row.questions, 0), row.rating === null ? "–" : `${number(row.rating, 1)} ± ${number(row.sigma, 1)}`,
@@ -80,7 +81,7 @@ function showRun(section, run) {
   parts.recent.textContent = word("recent");
   showWins(parts.wins.firstChild, run);
   showMachine(parts.machine, run.machine);
-  const changes = run.decisions.map((row) => [row.iteration, row.policy, row.what.replaceAll("_", " "), `${row.before} → ${row.after}`, row.reason]);
+  const changes = run.decisions.map((row) => [row.iteration, row.policy || word("whole"), inWords(row.what.replaceAll("_", " ")), [row.before, row.after].filter(Boolean).join(" → "), row.reason]);
   fill(parts.decisions.firstChild, ["iteration", "policy", "what", "change", "reason"].map(word), changes, word("none"));
 }
 

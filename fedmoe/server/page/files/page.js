@@ -26,7 +26,7 @@ function pairs(list, rows) {
 const isAdmin = () => state.role === "admin";
 
 function show() {
-  byId("moment").textContent = `${word("updated")} ${new Date(state.at * 1000).toLocaleTimeString(language)}`;
+  byId("moment").textContent = `${word("updated")} ${new Date(state.at * 1000).toLocaleTimeString(locale())}`;
   byId("role").textContent = `${word("role")}: ${word(state.role)}`;
   byId("problem").hidden = !state.problem;
   byId("problem").textContent = state.problem ? `${word("problem")}: ${state.problem}` : "";
@@ -130,7 +130,7 @@ function showGateway() {
   const rows = gateway
     ? [[word("version"), gateway.version], [word("strategy"), gateway.strategy], [word("sources"), sources]]
     : [[word("gateway"), word("no_gateway"), "soft"]];
-  if (gate && gate.reason) rows.push([word("verdict"), `${gate.at === null ? "" : `${new Date(gate.at * 1000).toLocaleTimeString(language)}  `}${gate.reason}`]);
+  if (gate && gate.reason) rows.push([word("verdict"), `${gate.at === null ? "" : `${new Date(gate.at * 1000).toLocaleTimeString(locale())}  `}${gate.reason}`]);
   rows.push([word("gate"), gate ? gate.status : word("no_gate"), gate ? "" : "soft"]);
   pairs(byId("gateway"), rows);
 }
@@ -138,7 +138,7 @@ function showGateway() {
 function showDisk() {
   const disk = state.disk;
   if (!disk) {
-    pairs(byId("disk"), [["–", word("hidden"), "soft"]]);
+    pairs(byId("disk"), [["–", isAdmin() || state.role === "viewer" ? "" : word("hidden"), "soft"]]);
     return;
   }
   const rows = [[word("stored"), bytes(disk.stored)], [word("hour"), bytes(disk.bytes_per_hour)]];
@@ -147,7 +147,10 @@ function showDisk() {
   pairs(byId("disk"), rows);
 }
 
-const hours = (count) => (count < 100 ? count.toFixed(1) : count < 1e6 ? Math.round(count).toLocaleString(language) : "> 1,000,000");
+const eventWord = (name) => (language === "zh" && Object.hasOwn(EVENT_WORDS, name) ? EVENT_WORDS[name] : name);
+// An event's text is made of words with values; what somebody wrote stands behind such a word.
+const eventText = (text) => text.replace(/(^|, )(version|to version|staleness|name|reason|number) /g, (_, before, name) => `${before}${eventWord(name)} `);
+const hours = (count) => (count < 100 ? count.toFixed(1) : count < 1e6 ? Math.round(count).toLocaleString(locale()) : "> 1,000,000");
 
 function showEvents() {
   const key = `${language} ${state.events.length ? state.events[0].id : ""}`;
@@ -155,8 +158,8 @@ function showEvents() {
   byId("events").dataset.key = key;
   const items = state.events.slice(0, 50).map((event) => {
     const item = element("li");
-    item.append(element("time", new Date(event.at * 1000).toLocaleTimeString(language)));
-    item.append([event.kind, event.expert, event.worker, event.text].filter(Boolean).join("  "));
+    item.append(element("time", new Date(event.at * 1000).toLocaleTimeString(locale())));
+    item.append([eventWord(event.kind), event.expert, event.worker, eventText(event.text)].filter(Boolean).join("  "));
     return item;
   });
   byId("events").replaceChildren(...items);
@@ -216,11 +219,11 @@ async function showAdministration() {
 async function showTokens() {
   const tokens = (await asked("/tokens", "tokens", "tokens")).filter((token) => token.usable);
   const rows = tokens.map((token) => [
-    token.hash.slice(0, 12), [token.label, "long"], token.role, token.worker || "",
-    token.used_at ? new Date(token.used_at * 1000).toLocaleString(language) : "–",
+    token.hash.slice(0, 12), [token.label, "long"], word(token.role), token.worker || "",
+    token.used_at ? new Date(token.used_at * 1000).toLocaleString(locale()) : "–",
     new Buttons(["token", token.hash], [["revoke", () => ask("revoke", token.label || token.hash.slice(0, 12), "/tokens/revoke", { hash: token.hash })]]),
   ]);
-  fill(byId("tokens"), ["token", "label", "role", "worker", "used", "actions"].map(word), rows, "–");
+  fill(byId("tokens"), ["token", "label", "token_role", "worker", "used", "actions"].map(word), rows, "–");
 }
 
 // A list that the coordinator gives to administrators; nothing, and why, where it does not.

@@ -21,7 +21,7 @@ addWords({
     say_release: "The held update lands now, with the staleness that it had when it arrived.",
     say_reject: "The held update will never land; its worker is told so.",
     say_revoke: "The token is refused from now on, and what is under way with it ends.",
-    no_charts: "Charts need plotly on the coordinator: pip install 'fedmoe[web]'", role: "you are", filter: "Filter", used: "last used", label: "label", number: "number", failed: "This did not work",
+    no_charts: "Charts need plotly on the coordinator: pip install 'fedmoe[web]'", role: "you are", filter: "Filter", used: "last used", label: "label", token_role: "role", number: "number", failed: "This did not work",
   },
   zh: {
     token: "令牌", log_in: "登录", log_out: "退出", login_hint: "协调器启动时会打印一个只能使用一次的链接。新建令牌：fedmoe token create。",
@@ -42,7 +42,13 @@ addWords({
     say_release: "该更新现在生效，陈旧度按其到达时计算。",
     say_reject: "该更新将永不生效；会告知其工作节点。",
     say_revoke: "该令牌从现在起被拒绝，正在进行的请求会结束。",
-    no_charts: "图表需要协调器上安装 plotly：pip install 'fedmoe[web]'", role: "身份", filter: "筛选", used: "最近使用", label: "标签", number: "编号", failed: "操作未成功",
-    admin: "管理员", viewer: "查看者", join: "加入者",
+    no_charts: "图表需要协调器上安装 plotly：pip install 'fedmoe[web]'", role: "身份", filter: "筛选", used: "最近使用", label: "标签", token_role: "角色", number: "编号", failed: "操作未成功",
+    admin: "管理员", viewer: "查看者", join: "加入者", invite: "邀请",
   },
 });
+// Kinds of events, and the words in their texts.
+const EVENT_WORDS = {
+  registered: "已注册", landed: "已应用", held: "待审", version: "版本", "to version": "回到版本", staleness: "陈旧度", name: "名称", reason: "原因", number: "编号",
+  "expert rolled back": "专家已回滚", "worker retracted": "节点贡献已撤回", "update lost": "更新丢失", "gateway merged": "网关已合并", "expert rebased": "专家已变基",
+  "held update rejected": "待审更新被拒绝", "expert renamed": "专家已改名", "expert retired": "专家已停用", "expert unretired": "专家已恢复",
+};

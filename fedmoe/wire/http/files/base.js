@@ -60,14 +60,16 @@ class Buttons {
   }
 }
 
-const cellOf = (cell) => (cell instanceof Buttons ? cell.cell() : Array.isArray(cell) ? element("td", String(cell[0]), cell[1]) : element("td", String(cell)));
-
-function rowOf(cells, node) {
-  node.replaceChildren(...cells.map(cellOf));
+function cellOf(cell, head) {
+  const node = cell instanceof Buttons ? cell.cell() : Array.isArray(cell) ? element("td", String(cell[0]), cell[1]) : element("td", String(cell));
+  node.dataset.head = head;
   return node;
 }
 
-// Fills a table; a cell is text, [text, class] or Buttons. Rows that stay the same are left alone, and so is the focus.
+// The browser's own way to write times where it speaks the chosen language.
+const locale = () => (navigator.language.startsWith(language) ? navigator.language : language);
+
+// Fills a table; a cell is text, [text, class] or Buttons; on a phone each row is a card. Rows that stay the same are left alone, and so is the focus.
 function fill(table, heads, rows, empty) {
   const key = JSON.stringify([language, heads]);
   if (table.dataset.heads !== key) {
@@ -91,10 +93,10 @@ function fill(table, heads, rows, empty) {
   while (body.rows.length > rows.length) body.lastChild.remove();
   rows.forEach((row, place) => {
     const line = body.rows[place] || body.appendChild(element("tr"));
-    if (line.dataset.key !== keys[place]) {
-      line.dataset.key = keys[place];
-      rowOf(row, line);
-    }
+    if (line.shown === keys[place] && line.heads === key) return;
+    line.shown = keys[place];
+    line.heads = key;
+    line.replaceChildren(...row.map((cell, column) => cellOf(cell, heads[column])));
   });
 }
 
@@ -127,7 +129,7 @@ const dark = matchMedia("(prefers-color-scheme: dark)");
 const colourOf = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
 
 // A colour made for a white ground, on the dark one: white becomes the panel, tints become dull, dark ones light.
-function onDark(colour) {
+function onDark(colour, name) {
   if (!/^#[0-9a-f]{6}$/i.test(colour)) return colour;
   const [red, green, blue] = [1, 3, 5].map((place) => parseInt(colour.slice(place, place + 2), 16) / 255);
   const high = Math.max(red, green, blue), low = Math.min(red, green, blue), lightness = (high + low) / 2;
@@ -135,13 +137,14 @@ function onDark(colour) {
   const span = high - low, spread = span / (1 - Math.abs(2 * lightness - 1) || 1);
   const turn = span === 0 ? 0 : high === red ? ((green - blue) / span + 6) % 6 : high === green ? (blue - red) / span + 2 : (red - green) / span + 4;
   const hsl = (saturation, light) => `hsl(${Math.round(60 * turn)} ${Math.round(100 * saturation)}% ${Math.round(100 * light)}%)`;
-  if (lightness > 0.85) return hsl(Math.min(spread, 0.45), 0.22);
+  if (name === "colorscale") return hsl(spread, 0.35); // light text stands on it
+  if (lightness > 0.85) return hsl(Math.min(spread, 0.35), 0.2);
   return lightness < 0.5 ? hsl(Math.min(spread, 0.75), 0.6) : colour;
 }
 
 // A figure's values with its colours as the theme needs them.
 function themed(value, name = "") {
-  if (typeof value === "string") return dark.matches && /colou?r/i.test(name) ? onDark(value) : value;
+  if (typeof value === "string") return dark.matches && /color/i.test(name) ? onDark(value, name) : value;
   if (Array.isArray(value)) return /^(x|y|z|r|array|arrayminus|customdata)$/.test(name) ? value : value.map((part) => themed(part, name));
   if (value === null || typeof value !== "object") return value;
   return Object.fromEntries(Object.entries(value).map(([key, part]) => [key, themed(part, key)]));
