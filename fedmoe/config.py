@@ -22,9 +22,8 @@ from pydantic import (
 )
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
+from fedmoe import plug_ins
 from fedmoe.lora.codec import WireDtype
-from fedmoe.lora.merge import STRATEGIES, STRATEGIES_WITH_MOMENTS
-from fedmoe.lora.update_rules import RULES, STALENESS
 from fedmoe.runtime.config_file import FileSource
 from fedmoe.wire.contract.messages import MAX_PARAMETERS, ExpertName, StartFrom, WorkerName
 
@@ -203,13 +202,9 @@ class CoordinatorConfig(_ProcessConfig):
     @field_validator("strategy", "server_optimizer", "staleness", "fold_staleness")
     @classmethod
     def _check_choice(cls, value: str, info: ValidationInfo) -> str:
-        tables: dict[str | None, Mapping[str, object]] = {
-            "strategy": STRATEGIES | STRATEGIES_WITH_MOMENTS,
-            "server_optimizer": RULES,
-        }
-        table = tables.get(info.field_name, STALENESS)
-        if value not in table:
-            raise ValueError(f"unknown value {value!r}; choose one of {', '.join(table)}")
+        option = str(info.field_name)
+        if not plug_ins.load(option, value):
+            raise ValueError(f"unknown value {value!r}; choose one of {', '.join(plug_ins.names(option))}")
         return value
 
     @model_validator(mode="after")

@@ -5,12 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from fedmoe import plug_ins
 from fedmoe.experts import GATEWAY_SEED
 from fedmoe.federation.online_gateway import OnlineGateway
 from fedmoe.lora.adapter import initial_adapter
 from fedmoe.lora.codec import digest
 from fedmoe.lora.manifest import Manifest
-from fedmoe.lora.merge import STRATEGIES, STRATEGIES_WITH_MOMENTS
+from fedmoe.lora.merge import STRATEGIES_WITH_MOMENTS
 from fedmoe.lora.moments import InputMoments
 from fedmoe.lora.update_rules import RULES, STALENESS, UpdateRule, buffered
 from fedmoe.runtime.errors import RefusedError
@@ -47,14 +48,10 @@ class Aggregation:
     hold_norm: float = HOLD_NORM
 
     def __post_init__(self) -> None:
-        for value, table, name in (
-            (self.staleness, STALENESS, "staleness"),
-            (self.fold_staleness, STALENESS, "fold_staleness"),
-            (self.server_optimizer, RULES, "server_optimizer"),
-            (self.strategy, STRATEGIES | STRATEGIES_WITH_MOMENTS, "strategy"),
-        ):
-            if value not in table:
-                raise ValueError(f"unknown {name} {value!r}; known: {', '.join(sorted(table))}")
+        for option in ("staleness", "fold_staleness", "server_optimizer", "strategy"):
+            value = getattr(self, option)
+            if not plug_ins.load(option, value):
+                raise ValueError(f"unknown {option} {value!r}; known: {', '.join(sorted(plug_ins.names(option)))}")
         if self.merge_after is not None and not (self.merge_after >= 1 and self.enable_gateway):
             raise ValueError(f"experts are merged after 1 step or more, into a gateway; got {self.merge_after}")
 

@@ -39,10 +39,23 @@ class MergeResult:
 
 @dataclass(frozen=True, slots=True)
 class MergeStrategy:
-    """A merge strategy: the weight of each of `count` experts, and the scale for as many if it has one."""
+    """A merge strategy: the weight of each of `count` experts, and the scale for as many if it has one.
+
+    With `by_expert` the weights are what it makes of the experts instead.
+    """
 
     weight: Callable[[int], float]
     scale: Callable[[int], float] | None = None
+    by_expert: Callable[[Mapping[str, Adapter]], Mapping[str, float]] | None = None
+
+    def weights(self, experts: Mapping[str, Adapter]) -> dict[str, float]:
+        """The weight of every expert; raises ValueError where `by_expert` gives others, or none that is finite."""
+        if self.by_expert is None:
+            return dict.fromkeys(experts, self.weight(len(experts)))
+        weights = {name: float(weight) for name, weight in self.by_expert(experts).items()}
+        if weights.keys() != experts.keys() or not all(map(math.isfinite, weights.values())):
+            raise ValueError(f"a finite weight is needed for each of {', '.join(experts)}; got {weights}")
+        return {name: weights[name] for name in experts}
 
 
 def damping(count: int) -> float:
@@ -90,11 +103,11 @@ def merge(
     used, notes = _strategy_in_reach(strategy, experts, moments or {}, without_moments)
     if not experts:
         raise ValueError("there is no expert to merge yet; a worker has to register one first")
-    planned = dict.fromkeys(sorted(experts), _strategy(used).weight(len(experts)))
+    ordered = {name: experts[name] for name in sorted(experts)}
+    planned = _strategy(used).weights(ordered)
     if rank is not None and rank < 1:
         raise ShapeError(f"the gateway's rank must be at least 1, got {rank}")
     factor = _scale(used, scale if used == strategy else None, len(planned))
-    ordered = {name: experts[name] for name in planned}
     if used in STRATEGIES_WITH_MOMENTS:
         assert moments is not None
         notes += thin_notes({name: moments[name].tokens for name in ordered})

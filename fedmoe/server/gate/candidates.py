@@ -75,6 +75,8 @@ def offered(aggregation: Aggregation, count: int, with_moments: bool) -> list[tu
     own = asked.weight(count) if asked is not None and asked.scale is None else None
     plain = {round(min(1.0, over / count), 6) for over in SCALES["scaled"]} | ({own} if own is not None else set())
     strategies = [("scaled", tuple(sorted(plain)))]
+    if asked is not None and asked.by_expert is not None:
+        strategies.append((aggregation.strategy, (1.0,)))
     return strategies + ([(name, SCALES[name]) for name in STRATEGIES_WITH_MOMENTS] if with_moments else [])
 
 
