@@ -8,8 +8,8 @@ OMP_NUM_THREADS ?= 1
 PYTEST := env OMP_NUM_THREADS=$(OMP_NUM_THREADS) OMP_WAIT_POLICY=PASSIVE TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-# Which build of torch `make install-locked` takes: cpu or cuda.
-TORCH ?= cpu
+# Which build of torch is installed: cpu, or cuda where the driver lists a GPU.
+TORCH ?= $(shell nvidia-smi -L 2>/dev/null | grep -q '^GPU ' && echo cuda || echo cpu)
 
 .PHONY: help arena arena-install demo test lint types unit test-slow test-vllm test-areal test-scale test-web bench bench-list install clean docs \
 	fuzz install-locked lock sbom diagrams manifests
@@ -27,7 +27,7 @@ help:
 	@echo "make docs       the documents as a site with search (dist/site), the reference written from the commands"
 	@echo "make bench      the benchmarks that need no peer and no long training, results in benchmarks/results;"
 	@echo "                NAME=update_norms runs one, BENCH_FLAGS gives it options, make bench-list names all"
-	@echo "make install    the environment alone (.venv)"
+	@echo "make install    the environment alone (.venv); with TORCH=cpu or TORCH=cuda another build of torch than for this machine"
 	@echo "make install-locked TORCH=cpu|cuda   an environment of which every package is known by its hash (.venv-locked)"
 	@echo "make sbom       what that environment is made of: CycloneDX and licences (dist)"
 	@echo "make lock       write the lock files anew"
@@ -40,8 +40,13 @@ $(VENV)/.python:
 	$(PYTHON) -m venv $(VENV)
 	@touch $@
 
-$(VENV)/.demo: $(VENV)/.python pyproject.toml constraints.txt
+$(VENV)/.torch: $(VENV)/.python constraints.txt scripts/install_torch.sh
+	PYTHON=$(BIN)/python scripts/install_torch.sh $(TORCH)
+	@touch $@
+
+$(VENV)/.demo: $(VENV)/.torch pyproject.toml
 	$(INSTALL) --editable '.[worker,charts]'
+	@$(BIN)/python -c 'from fedmoe.runtime.hardware import *; said = unused_gpu(nvidia_gpus(), torch_cuda()); said and print("note:", said)'
 	@touch $@
 
 $(VENV)/.arena: $(VENV)/.demo

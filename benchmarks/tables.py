@@ -1,4 +1,4 @@
-"""Writes the result tables of benchmarks/README.md and docs/scale.md from benchmarks/results.
+"""Writes the tables of benchmarks/README.md, docs/scale.md and docs/hardware.md from benchmarks/results.
 
     python benchmarks/tables.py             # all tables anew
     python benchmarks/tables.py --check     # says which are not those of the results, status 1
@@ -17,13 +17,15 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 
-from lib import tables_arena, tables_merge, tables_replicas, tables_server, tables_simulation
+from lib import tables_arena, tables_hardware, tables_merge, tables_replicas, tables_server, tables_simulation
 from lib.harness import RESULTS, ROOT
 from lib.table_text import results
 
-DOCUMENTS = (ROOT / "benchmarks" / "README.md", ROOT / "docs" / "scale.md")
+DOCUMENTS = (ROOT / "benchmarks" / "README.md", ROOT / "docs" / "scale.md", ROOT / "docs" / "hardware.md")
 #: What is not measured yet is here too: as soon as its result is there, a mark in the text shows it.
 TABLES: Mapping[str, Callable[[], str]] = {
+    "memory_by_base": tables_hardware.memory_by_base,
+    "memory_estimate": tables_hardware.memory_estimate,
     "coordinator": tables_server.coordinator,
     "crashes": tables_server.crashes,
     "replicas": tables_replicas.disturbances,

@@ -136,7 +136,7 @@ def test_every_command_named_in_a_document_exists() -> None:
 
 def test_every_option_named_in_a_document_exists() -> None:
     known = set().union(*frozen_options().values())
-    others = {"--nproc-per-node", "--logdir"}  # torchrun, tensorboard
+    others = {"--nproc-per-node", "--logdir", "--force-reinstall", "--index-url"}  # torchrun, tensorboard, pip
     others |= {"--enable-lora", "--max-loras", "--max-lora-rank", "--logprobs-mode"}  # vLLM
     # Whole lines of other programs have options of their own.
     programs = ("dot ", "curl ", "pip ", "createdb ", "python benchmarks/")

@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 BENCHMARKS = ROOT / "benchmarks"
 README = (BENCHMARKS / "README.md").read_text()
-SCALE = (ROOT / "docs" / "scale.md").read_text()
+DOCUMENTS = README + "".join((ROOT / "docs" / name).read_text() for name in ("scale.md", "hardware.md"))
 
 
 @pytest.fixture(autouse=True)
@@ -23,7 +23,7 @@ def programs_import_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_tables_of_the_readme_are_those_of_the_results() -> None:
     import tables
 
-    assert tables.outdated(README + SCALE) == [], "write them anew with: python benchmarks/tables.py"
+    assert tables.outdated(DOCUMENTS) == [], "write them anew with: python benchmarks/tables.py"
 
 
 def test_a_figure_changed_by_hand_is_seen_and_written_anew() -> None:
@@ -44,7 +44,7 @@ def test_a_mark_that_names_no_table_is_refused() -> None:
 def test_every_table_whose_result_is_there_is_shown() -> None:
     import tables
 
-    shown = set(re.findall(r"<!-- table: (\w+) -->", README + SCALE))
+    shown = set(re.findall(r"<!-- table: (\w+) -->", DOCUMENTS))
     missing = set(tables.TABLES) - shown
     assert not shown - set(tables.TABLES)
     for name in missing:
