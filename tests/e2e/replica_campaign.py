@@ -101,7 +101,7 @@ class Campaign:
         ]
         self.moments.shuffle(actions)
         stop = threading.Event()
-        self.pushers = house.start_pushers(stop)
+        self.pushers = house.start_pushers(stop, chunked=2)
         try:
             for number, act in enumerate(actions):
                 self._until_more(self.moments.randint(1, 10))

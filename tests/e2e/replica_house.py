@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TypeVar
 
+import httpx2
 import numpy as np
 import s3_server
 from crash_load import EXPERTS, Pusher, Told, fold, landed, pull
@@ -67,11 +68,23 @@ class Replica(CoordinatorProcess):
         return [line for line in lines if line.get("event") == event]
 
 
+class ChunkedTransport(httpx2.HTTPTransport):
+    """Sends bodies without their length, so that a replica puts even short ones into the blob store first."""
+
+    def handle_request(self, request: httpx2.Request) -> httpx2.Response:
+        if request.headers.pop("content-length", "0") != "0":
+            request.headers["transfer-encoding"] = "chunked"
+        return super().handle_request(request)
+
+
 class RotatingClient:
     """A client of several addresses, as one behind a balancer: after a failure it asks the next one."""
 
-    def __init__(self, urls: Sequence[str], timeout: float, first: int = 0) -> None:
-        self._clients = [CoordinatorClient(url, timeout=timeout, attempts=1) for url in urls]
+    def __init__(self, urls: Sequence[str], timeout: float, first: int = 0, chunked: bool = False) -> None:
+        self._clients = [
+            CoordinatorClient(url, timeout=timeout, attempts=1, transport=ChunkedTransport() if chunked else None)
+            for url in urls
+        ]
         self._current = first % len(urls)
 
     def __enter__(self) -> RotatingClient:
@@ -100,9 +113,10 @@ class RotatingPusher(Pusher):
     """A client thread that knows every replica."""
 
     urls: Sequence[str] = ()
+    chunked: bool = False
 
     def connect(self) -> RotatingClient:
-        return RotatingClient(self.urls, self.timeout, self.number)
+        return RotatingClient(self.urls, self.timeout, self.number, self.chunked)
 
 
 @dataclass
@@ -143,10 +157,12 @@ class ReplicaHouse:
             self.replicas[name].start()
         self.owner_after(0)
 
-    def start_pushers(self, stop: threading.Event, count: int = 4, timeout: float = 8.0) -> list[RotatingPusher]:
-        """Clients, half of them on each expert, each of which knows all replicas."""
+    def start_pushers(self, stop: threading.Event, count: int = 4, chunked: int = 0) -> list[RotatingPusher]:
+        """Clients that know all replicas, half of them on each expert; the first `chunked` do not say bodies' lengths."""
         return [
-            RotatingPusher(self.urls[0], f"w{n}", EXPERTS[n % 2], n, stop, timeout=timeout, urls=self.urls)
+            RotatingPusher(
+                self.urls[0], f"w{n}", EXPERTS[n % 2], n, stop, timeout=8.0, urls=self.urls, chunked=n < chunked
+            )
             for n in range(count)
         ]
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import httpx2
+from starlette.datastructures import Headers
 from starlette.requests import ClientDisconnect, Request
 from starlette.types import Message, Receive, Scope, Send
 
@@ -166,13 +167,16 @@ async def _answer(client: OwnerClient, passed: PassedRequest, send: Send) -> Non
     await relay(await client.ask(passed), send)
 
 
+def is_short(headers: Headers) -> bool:
+    """Whether a request says that its body is small enough to be read before it is passed on."""
+    length = headers.get("content-length", "")
+    return length.isdecimal() and int(length) <= _BUFFERED_BYTES
+
+
 async def _body_of(request: Request) -> bytes | AsyncIterator[bytes] | None:
-    length = request.headers.get("content-length", "")
-    if "transfer-encoding" not in request.headers and length in ("", "0"):
+    if "transfer-encoding" not in request.headers and request.headers.get("content-length", "") in ("", "0"):
         return None
-    if length.isdecimal() and int(length) <= _BUFFERED_BYTES:
-        return await request.body()
-    return request.stream()
+    return await request.body() if is_short(request.headers) else request.stream()
 
 
 async def relay(answer: httpx2.Response, send: Send) -> None:

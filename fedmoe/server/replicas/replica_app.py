@@ -7,6 +7,7 @@ from collections.abc import Callable
 from concurrent.futures import Executor
 from contextlib import suppress
 
+from starlette.datastructures import Headers
 from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse, Response
 from starlette.types import Message, Receive, Scope, Send
@@ -16,7 +17,7 @@ from fedmoe.runtime.errors import RefusedError
 from fedmoe.server.access import problems
 from fedmoe.server.access.problems import no_owner
 from fedmoe.server.access.turns import UPLOADS
-from fedmoe.server.replicas.forwarding import OwnerClient, forward
+from fedmoe.server.replicas.forwarding import OwnerClient, forward, is_short
 from fedmoe.server.replicas.ownership import Ownership, steady_seconds
 from fedmoe.server.replicas.peers import (
     NOT_OWNER,
@@ -138,7 +139,8 @@ class ReplicaApp:
             await send(message)
 
         try:
-            if scope["method"] == "POST" and scope["path"] in LIMITS:
+            # A short body costs less in one request to the owner than a place in the store and two requests.
+            if scope["method"] == "POST" and scope["path"] in LIMITS and not is_short(Headers(scope=scope)):
                 await self._uploads.submit(scope, receive, noted)
             else:
                 await forward(self.client, scope, receive, noted)

@@ -1,4 +1,4 @@
-"""Uploads at a replica that is not the owner: the body goes into the blob store, the owner gets headers and digest."""
+"""Long uploads at a replica that is not the owner: the body goes into the blob store, the owner gets its digest."""
 
 from __future__ import annotations
 

@@ -29,15 +29,23 @@ def pair(tmp_path: Path) -> Iterator[Pair]:
         yield opened
 
 
-def push(url: str, body: bytes, sequence: int = 0, others: Mapping[str, str] = {}) -> httpx2.Response:
+#: A short body goes on to the owner as it is; one whose length is not said goes into the blob store first.
+_each_way = pytest.mark.parametrize("short", [True, False])
+
+
+def push(
+    url: str, body: bytes, sequence: int = 0, others: Mapping[str, str] = {}, short: bool = True
+) -> httpx2.Response:
     headers = push_headers(body) | dict(others)
-    return httpx2.post(f"{url}{_PUSH}", params=push_parameters(sequence), content=body, headers=headers, timeout=20)
+    content = body if short else iter([body])
+    return httpx2.post(f"{url}{_PUSH}", params=push_parameters(sequence), content=content, headers=headers, timeout=20)
 
 
-def test_an_update_through_a_replica_lands_as_one_at_the_owner_and_once(pair: Pair) -> None:
+@_each_way
+def test_an_update_through_a_replica_lands_as_one_at_the_owner_and_once(pair: Pair, short: bool) -> None:
     bodies = [make_body(seed) for seed in (1, 2)]
-    answers = [push(pair.a.server.url, bodies[0]), push(pair.b.server.url, bodies[1], 1)]
-    again = [push(replica.server.url, bodies[1], 1) for replica in (pair.a, pair.b)]
+    answers = [push(pair.a.server.url, bodies[0]), push(pair.b.server.url, bodies[1], 1, short=short)]
+    again = [push(replica.server.url, bodies[1], 1, short=short) for replica in (pair.a, pair.b)]
 
     facts = [answer.json() for answer in (*answers, *again)]
     assert [fact["version"] for fact in facts] == [1, 2, 2, 2]
@@ -74,11 +82,12 @@ def test_weights_come_through_a_replica_byte_by_byte_with_their_headers(pair: Pa
     ("body", "digest_of", "status"),
     [(b"x" * (3 << 20), b"x" * (3 << 20), 413), (make_body(1), b"other bytes", 400), (b"", b"", 400)],
 )
+@_each_way
 def test_a_body_that_the_owner_would_not_take_leaves_nothing(
-    pair: Pair, body: bytes, digest_of: bytes, status: int
+    pair: Pair, body: bytes, digest_of: bytes, status: int, short: bool
 ) -> None:
     before = pair.house.journal.count()
-    answer = push(pair.b.server.url, body, others=push_headers(digest_of))
+    answer = push(pair.b.server.url, body, others=push_headers(digest_of), short=short)
     assert answer.status_code == status
     assert pair.house.journal.count() == before
     assert sha256(body) not in set(pair.house.blobs.digests()) or body == b""
@@ -149,10 +158,11 @@ def test_without_an_owner_requests_wait_and_then_are_told_when_to_come_again(tmp
     assert said == "the database does not answer: connection refused"
 
 
-def test_a_request_that_waits_is_answered_by_the_next_owner(pair: Pair) -> None:
+@_each_way
+def test_a_request_that_waits_is_answered_by_the_next_owner(pair: Pair, short: bool) -> None:
     pair.lose()
     threading.Timer(0.3, lambda: pair.own(term=2)).start()
-    assert push(pair.b.server.url, make_body(1)).json()["version"] == 1
+    assert push(pair.b.server.url, make_body(1), short=short).json()["version"] == 1
 
 
 def test_an_owner_whose_lease_is_over_shows_nothing_that_it_remembers(tmp_path: Path) -> None:
