@@ -158,7 +158,7 @@ class ReplicaHouse:
         self.owner_after(0)
 
     def start_pushers(self, stop: threading.Event, count: int = 4, chunked: int = 0) -> list[RotatingPusher]:
-        """Clients that know all replicas, half of them on each expert; the first `chunked` do not say bodies' lengths."""
+        """Clients that know all replicas, half of them on each expert; the first `chunked` send no length of bodies."""
         return [
             RotatingPusher(
                 self.urls[0], f"w{n}", EXPERTS[n % 2], n, stop, timeout=8.0, urls=self.urls, chunked=n < chunked
