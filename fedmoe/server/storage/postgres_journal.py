@@ -68,6 +68,8 @@ class PostgresJournal(ChainedJournal):
     ) -> None:
         super().__init__(acknowledged)
         self._engine = postgres.postgres_engine(url)
+        # A statement alone needs no transaction, which would cost two more round trips.
+        self._single_reads = self._engine.execution_options(isolation_level="AUTOCOMMIT")
         self._where = postgres.name_of(self._engine)
         self._fence = fence
         self._patience, self._patience_in_doubt = patience, patience_in_doubt
@@ -107,7 +109,7 @@ class PostgresJournal(ChainedJournal):
         return int(added[0]["id"])
 
     def query(self, statement: sa.Executable) -> list[sa.RowMapping]:
-        return self._read(lambda connection: list(connection.execute(statement).mappings()))
+        return self._read(self._single_reads, lambda connection: list(connection.execute(statement).mappings()))
 
     def events(self, expert: str | None = None, after_version: int = -1) -> Iterator[Event]:
         query = sa.select(EVENTS.c.kind, EVENTS.c.payload)
@@ -115,7 +117,7 @@ class PostgresJournal(ChainedJournal):
             query = query.order_by(EVENTS.c.id)
         else:
             query = query.where(EVENTS.c.expert == expert, EVENTS.c.version > after_version).order_by(EVENTS.c.version)
-        rows = self._read(lambda connection: postgres.unhurried(connection).execute(query).all())
+        rows = self._read(self._engine, lambda connection: postgres.unhurried(connection).execute(query).all())
         read = chained_event_of if expert is None else event_of
         for kind, payload in rows:
             yield read(kind, payload)
@@ -320,11 +322,11 @@ class PostgresJournal(ChainedJournal):
             self._connection.close()
             self._connection = None
 
-    def _read(self, work: Callable[[sa.Connection], Result]) -> Result:
+    def _read(self, engine: sa.Engine, work: Callable[[sa.Connection], Result]) -> Result:
         patience = _Patience(self._closing)
         while True:
             try:
-                with self._engine.connect() as connection:
+                with engine.connect() as connection:
                     return work(connection)
             except DBAPIError as error:
                 if not postgres.is_lost(error):
