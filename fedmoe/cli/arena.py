@@ -12,6 +12,7 @@ import typer
 
 from fedmoe.cli.arena_episodes import episodes
 from fedmoe.cli.arena_tournament import tournament
+from fedmoe.cli.arena_watch import watch
 from fedmoe.cli.options import AsJson, Token, template_of
 from fedmoe.cli.output import CommandError, importing, reserved_output, show_json
 from fedmoe.runtime.logs import configure
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 app = typer.Typer(help="Train several LoRA policies with and against each other in one task.", no_args_is_help=True)
 
 app.command()(episodes)
+app.command()(watch)
 app.command()(tournament)
 
 Config = Annotated[Path, typer.Argument(help="The run's configuration, a TOML file; see docs/arena.md.")]

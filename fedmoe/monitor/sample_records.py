@@ -56,7 +56,7 @@ def sample_records(policies: int = 4, iterations: int = 120, seed: int = 0, star
         start, end, speed, tokens = (float(rng.uniform(*limits)) for limits in _RANGES)
         players.append(_Policy(name, start, end, speed, tokens))
     run = {"kind": "run", "task": "sample:arithmetic", "mode": "mixed", "base_model": "sample"}
-    named: Record = run | {"policies": ",".join(_NAMES[:policies])}
+    named: Record = {**run, "policies": ",".join(_NAMES[:policies]), "iterations": iterations}
     records: list[Record] = [{"at": started, "sample": True, "seed": seed, **named}]
     for iteration in range(iterations):
         at = started + _SECONDS * (iteration + 1)

@@ -89,6 +89,10 @@ class RecordFile:
         self._file = (0, 0)
         self._end = 0
 
+    def exists(self) -> bool:
+        """Whether there is a file."""
+        return self._path.is_file()
+
     def all(self) -> list[Record]:
         """All whole records until now; raises FileNotFoundError."""
         with self._path.open("rb") as lines:

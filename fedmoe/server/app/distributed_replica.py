@@ -103,14 +103,13 @@ class DistributedReplica:
         finally:
             server.should_exit = True
             await leaving
-            await self._replica_app.client.close()
+            await self._replica_app.close()
 
     async def _hand_over(self, server: uvicorn.Server) -> None:
         """Once the process is to stop: finish what was taken, give the duty back, pass on what still comes."""
         while not server.should_exit:
             await asyncio.sleep(0.05)
-        self._replica_app.leaving = True
-        await self._replica_app.finished(self._lease)
+        await self._replica_app.leave(self._lease)
         await asyncio.to_thread(self._candidate.leave)
 
     def _open(self, tenure: Tenure) -> OwnedFederation:

@@ -35,6 +35,9 @@ from fedmoe.server.storage.blobs import BlobStore, StorageFailedError
 from fedmoe.wire.http.body_limits import BodyGuard
 from fedmoe.wire.http.middleware import readiness
 
+#: What is answered without an end.
+_STREAM = "/live"
+
 
 class ReplicaApp:
     """Dispatches by who owns the federation now; for one event loop.
@@ -50,10 +53,12 @@ class ReplicaApp:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._under_way = 0
         self.client = OwnerClient(secret, self, patience)
+        # Each open page holds a connection: those of a client of their own, so that pushes do not wait for them.
+        self._for_streams = OwnerClient(secret, self, patience)
         self._uploads = Uploads(self.client, blobs, pool)
         self._follower = BodyGuard(self._follow, caps=dict.fromkeys(UPLOADS))
         self._failed = False
-        #: Set once the process is to stop: what comes from then on is for the next owner.
+        #: Whether the process is to stop: what comes from then on is for the next owner.
         self.leaving = False
 
     def attach(self, candidate: OwnerCandidate) -> None:
@@ -65,8 +70,10 @@ class ReplicaApp:
         if self._loop is not None and not self._loop.is_closed():
             self._loop.call_soon_threadsafe(self._wake)
 
-    async def finished(self, seconds: float) -> None:
-        """Wait until the owner has answered what it took before `leaving`, at most so long."""
+    async def leave(self, seconds: float) -> None:
+        """End streams, and wait until the owner has answered what it took before, at most so long."""
+        self.leaving = True
+        self._wake()
         deadline = steady_seconds() + seconds
         while self._under_way and steady_seconds() < deadline:
             await asyncio.sleep(0.02)
@@ -79,10 +86,58 @@ class ReplicaApp:
             await JSONResponse({"status": "ok"})(scope, receive, send)
         elif scope["path"] == "/readyz":
             await readiness(self.not_ready)(scope, receive, send)
-        elif is_of_peer(scope):
+        elif scope["path"] == _STREAM:
+            await self._in_this_term(scope, receive, send)
+        else:
+            await self._dispatch(scope, receive, send)
+
+    async def close(self) -> None:
+        """Close the connections to owners."""
+        await self.client.close()
+        await self._for_streams.close()
+
+    async def _dispatch(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if is_of_peer(scope):
             await self._for_peer(scope, receive, send)
         else:
             await self._for_client({**scope, "headers": without_claims(scope)}, receive, send)
+
+    async def _in_this_term(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer with a stream that ends with the term or when this replica leaves: its reader then comes again."""
+        begun = False
+
+        async def noted(message: Message) -> None:
+            nonlocal begun
+            begun = begun or message["type"] == "http.response.start"
+            await send(message)
+
+        streaming = asyncio.ensure_future(self._dispatch(scope, receive, noted))
+        ending = asyncio.ensure_future(self._term_over(self._term))
+        try:
+            await asyncio.wait([streaming, ending], return_when=asyncio.FIRST_COMPLETED)
+            if streaming.done():
+                streaming.result()
+                return
+        finally:
+            for task in (streaming, ending):
+                task.cancel()
+            await asyncio.gather(streaming, ending, return_exceptions=True)
+        if begun:
+            await send({"type": "http.response.body", "body": b"", "more_body": False})
+        else:
+            await problems.refusal(no_owner(self._no_owner))(scope, receive, send)
+
+    @property
+    def _term(self) -> int | None:
+        """The newest term that this replica knows of."""
+        seen = self._candidate.seen if self._candidate is not None else None
+        return seen.term if seen is not None else None
+
+    async def _term_over(self, term: int | None) -> None:
+        """Returns once another term has begun than this one, or this replica leaves."""
+        while not self.leaving and (term is None or self._term in (term, None)):
+            term = self._term if term is None else term
+            await self._change(60.0)
 
     @property
     def not_ready(self) -> str | None:
@@ -118,14 +173,15 @@ class ReplicaApp:
         """Answer from memory; `otherwise` if the term is over before the answer begins."""
         assert tenure.federation is not None, "only an open one is given"
         outcome = _TermBoundAnswer(tenure, send)
-        self._under_way += 1
+        counted = scope["path"] != _STREAM
+        self._under_way += counted
         try:
             await tenure.federation.app(scope, receive, outcome.send)
         except Exception:
             if not outcome.withheld and tenure.valid:
                 raise
         finally:
-            self._under_way -= 1
+            self._under_way -= counted
         if outcome.withheld or not outcome.begun:
             self.look()
             await otherwise()(scope, receive, send)
@@ -143,7 +199,8 @@ class ReplicaApp:
             if scope["method"] == "POST" and scope["path"] in LIMITS and not is_short(Headers(scope=scope)):
                 await self._uploads.submit(scope, receive, noted)
             else:
-                await forward(self.client, scope, receive, noted)
+                client = self._for_streams if scope["path"] == _STREAM else self.client
+                await forward(client, scope, receive, noted)
         except ClientDisconnect:
             return
         except (RefusedError, CodecError, StorageFailedError) as error:

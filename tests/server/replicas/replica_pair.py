@@ -125,4 +125,4 @@ def _replica(name: str, blobs: FolderBlobStore, pool: ThreadPoolExecutor, patien
             yield ReplicaOnSocket(app, seat, server, blobs)
         finally:
             if app._loop is not None:
-                asyncio.run_coroutine_threadsafe(app.client.close(), app._loop).result(10)
+                asyncio.run_coroutine_threadsafe(app.close(), app._loop).result(10)
