@@ -29,7 +29,7 @@ def federation_status(service: CoordinatorService, principal: Principal) -> Stat
     readable = sorted(
         (expert for expert in experts.values() if may_use(principal, expert)), key=lambda expert: expert.title
     )
-    heard = service.heartbeats.by_expert()
+    heard = service.heartbeats.by_expert(now)
     statuses = (_workers(service, expert, heard.get(expert.name, {}), now) for expert in readable)
     workers = [status for of_expert in statuses for status in of_expert if _own(principal, status)]
     whole = principal.sees_all

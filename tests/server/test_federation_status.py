@@ -112,7 +112,7 @@ def test_a_thousand_workers_are_all_there_and_more_than_ten_thousand_are_not_kep
         assert len(status(http).workers) == 1000
     for number in range(10_001):
         heartbeats.hear(Heartbeat(expert="law", worker=f"w{number}", state="training", interval=1), 0.0)
-    kept = heartbeats.by_expert()["law"]
+    kept = heartbeats.by_expert(now=1e9)["law"]
     assert (len(kept), "w0" in kept, "w10000" in kept) == (10_000, False, True)
 
 

@@ -9,10 +9,13 @@ from pathlib import Path
 import httpx2
 import pytest
 from live import ADMIN, JOIN, House, LiveServer, listening, open_house, push_headers, push_parameters
+from starlette.routing import Route
 from support import make_body
 
+from fedmoe.server.access.security import VIEWER_PATHS
 from fedmoe.server.page.login import COOKIE, LINK_SECONDS, LoginLinks
 from fedmoe.wire.contract.status import StatusInfo
+from fedmoe.wire.http.middleware import OPEN_PATHS
 
 VIEWER = "a-viewer-who-only-looks"
 OWN = {"sec-fetch-site": "same-origin"}
@@ -141,3 +144,15 @@ def test_a_viewer_and_an_administrator_with_open_pages_are_told_their_own_roles(
             roles[role] = StatusInfo.model_validate_json(data)
     assert {role: status.role for role, status in roles.items()} == {role: role for role in roles}
     assert roles["join"].disk is None
+
+
+def test_a_viewer_is_refused_every_route_that_is_not_there_to_look(guarded: tuple[House, LiveServer]) -> None:
+    house, server = guarded
+    asked = 0
+    for route in house.app.routes:
+        if isinstance(route, Route) and route.path not in VIEWER_PATHS | OPEN_PATHS:
+            for method in (route.methods or set()) - {"HEAD"}:
+                answer = ask(server, method, route.path, headers=bearer(VIEWER), json={"expert": "law"})
+                assert (answer.status_code, answer.json()["code"]) == (403, "forbidden"), (method, route.path)
+                asked += 1
+    assert asked > 20

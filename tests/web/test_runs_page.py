@@ -118,7 +118,8 @@ def test_episodes_are_read_filtered_and_saved(page: Any, tmp_path: Path) -> None
         page.fill("#least", "0.5")
         page.fill("#most", "0.7")
         page.keyboard.press("Tab")
-        page.wait_for_function("document.querySelectorAll('#episodes summary').length === 3")
+        page.locator("#episodes summary").nth(3).wait_for(state="detached")
+        assert page.locator("#episodes summary").count() == 3
         with page.expect_download() as saved:
             page.click("#save")
         lines = Path(saved.value.path()).read_text().splitlines()

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import socket
+import socketserver
 import ssl
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -101,3 +103,57 @@ def test_another_key_gets_no_request_even_with_a_certificate_that_is_trusted(mon
 def test_what_is_no_fingerprint_is_refused_before_a_connection(url: str, told: str) -> None:
     with pytest.raises(ConnectionSettingError, match=told):
         CoordinatorClient(url)
+
+
+@contextmanager
+def tunnel(port: int) -> Iterator[tuple[str, list[bytes]]]:
+    """A proxy that leads every CONNECT to a port of this machine: its URL, and every byte that it can read."""
+    read: list[bytes] = []
+
+    class Handler(socketserver.StreamRequestHandler):
+        def handle(self) -> None:
+            while (line := self.rfile.readline()) not in (b"\r\n", b""):
+                read.append(line)
+            self.wfile.write(b"HTTP/1.1 200 OK\r\n\r\n")
+            with socket.create_connection(("127.0.0.1", port)) as beyond:
+                back = threading.Thread(target=_passed_on, args=(beyond, self.connection, []))
+                back.start()
+                _passed_on(self.connection, beyond, read)
+                back.join()
+
+    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), Handler) as proxy:
+        thread = threading.Thread(target=proxy.serve_forever, args=(0.01,))
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{proxy.server_address[1]}", read
+        finally:
+            proxy.shutdown()
+            thread.join()
+
+
+def _passed_on(source: socket.socket, target: socket.socket, read: list[bytes]) -> None:
+    with suppress(OSError):
+        while part := source.recv(1 << 16):
+            read.append(part)
+            target.sendall(part)
+        target.shutdown(socket.SHUT_WR)
+
+
+@pytest.mark.parametrize("certificate", ["self", "other"])
+def test_through_a_proxy_the_pinned_key_alone_is_spoken_to_and_the_proxy_reads_nothing(
+    certificate: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("NO_PROXY", "no_proxy", "https_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    token = "a-token-that-nobody-else-may-read"
+    with server(certificate) as (url, requests), tunnel(int(url.rpartition(":")[2])) as (proxy, read):
+        monkeypatch.setenv("HTTPS_PROXY", proxy)
+        with CoordinatorClient(f"https://coordinator.example:5000#{pin_of('self')}", token, attempts=1) as client:
+            if certificate == "self":
+                assert client.healthy()
+            else:
+                with pytest.raises(CoordinatorUnavailableError, match="another one than the pinned one"):
+                    client.federation()
+    assert read[0].startswith(b"CONNECT coordinator.example:5000")
+    assert token.encode() not in b"".join(read)
+    assert requests == (["/healthz"] if certificate == "self" else [])

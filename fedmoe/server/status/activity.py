@@ -97,7 +97,8 @@ class Activity:
         """Updates a minute and their mean staleness in the last `WINDOW_SECONDS`; None without an update."""
         with self._lock:
             activity = self._of(expert)
-            recent = [row for row in activity.recent if row[0] > now - WINDOW_SECONDS]
+            # What lies ahead of a clock that was set back is not of the last minutes.
+            recent = [row for row in activity.recent if now - WINDOW_SECONDS < row[0] <= now]
         if not recent:
             return 0.0, None
         return 60.0 * len(recent) / _span(activity.began, now), sum(staleness for _, staleness in recent) / len(recent)
@@ -112,7 +113,7 @@ class Activity:
     def bytes_per_hour(self, now: float) -> float:
         """What updates add to the store now."""
         with self._lock:
-            recent = [row for row in self._stored if row[0] > now - WINDOW_SECONDS]
+            recent = [row for row in self._stored if now - WINDOW_SECONDS < row[0] <= now]
         return 3600.0 * (recent[-1][1] - recent[0][1]) / _span(recent[0][0], now) if len(recent) > 1 else 0.0
 
     def events(self) -> list[EventInfo]:

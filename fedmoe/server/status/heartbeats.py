@@ -53,17 +53,19 @@ class Heartbeats:
         """Drop a worker that was withdrawn."""
         self._records.pop((expert, worker), None)
 
-    def by_expert(self) -> dict[str, dict[str, tuple[Heartbeat, float]]]:
+    def by_expert(self, now: float) -> dict[str, dict[str, tuple[Heartbeat, float]]]:
         """By expert and worker: the newest heartbeat, and when it came."""
         grouped: dict[str, dict[str, tuple[Heartbeat, float]]] = {}
         for (expert, worker), record in list(self._records.items()):
+            # The clock was set back: silence counts from here, not from when the clock is there again.
+            record.at = min(record.at, now)
             grouped.setdefault(expert, {})[worker] = (record.heartbeat, record.at)
         return grouped
 
     def state(self, expert: str, worker: str, now: float) -> WorkerState | None:
         """What a worker is doing; None for one that has sent no heartbeat."""
-        record = self._records.get((expert, worker))
-        return None if record is None else state_of(record.heartbeat, record.at, now)
+        heard = self.by_expert(now).get(expert, {}).get(worker)
+        return None if heard is None else state_of(*heard, now)
 
     def lines(self, expert: str, worker: str, after: int) -> tuple[list[str], int]:
         """The lines from number `after` on, as far as they are there, and the number to ask from next."""

@@ -5,6 +5,7 @@ const MOST_WORKERS = 200;
 const MOST_CURVES = 12;
 const CHART_MILLISECONDS = 2000;
 const LOG_MILLISECONDS = 2000;
+const SILENT_MILLISECONDS = 20000; // a state comes every five seconds at least
 let state = null; // the newest message
 let charted = { at: -CHART_MILLISECONDS, key: "" };
 
@@ -325,4 +326,4 @@ setLive(false);
 listen((message) => {
   state = message;
   if (!document.hidden) show();
-}, refused);
+}, refused, SILENT_MILLISECONDS);

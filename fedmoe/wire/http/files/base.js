@@ -107,10 +107,21 @@ function setLive(isLive) {
 }
 
 // Listens for states until the page is closed; `refused` is called where the server does not let it listen any more.
-function listen(receive, refused = () => {}) {
+// A server that says something at least every so many milliseconds is asked anew after a longer silence: a connection
+// can be dead without anybody telling.
+function listen(receive, refused = () => {}, silence = Infinity) {
   const source = new EventSource("/live");
+  let heardAt = performance.now();
+  const watch = silence === Infinity ? 0 : setInterval(() => {
+    if (performance.now() - heardAt < silence) return;
+    clearInterval(watch);
+    source.close();
+    setLive(false);
+    listen(receive, refused, silence);
+  }, silence / 4);
   source.onopen = () => setLive(true);
   source.onmessage = (event) => {
+    heardAt = performance.now();
     setLive(true);
     receive(JSON.parse(event.data));
   };
@@ -118,8 +129,9 @@ function listen(receive, refused = () => {}) {
     setLive(false);
     // The browser tries again by itself unless it was refused, as by a server that is just starting.
     if (source.readyState !== EventSource.CLOSED) return;
+    clearInterval(watch);
     refused();
-    setTimeout(listen, 2000, receive, refused);
+    setTimeout(listen, 2000, receive, refused, silence);
   };
 }
 
