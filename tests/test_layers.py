@@ -484,6 +484,7 @@ def test_the_server_side_loads_no_torch() -> None:
 def sources() -> Mapping[str, Path]:
     """Every Python file of the repository but the tests."""
     others = [*ROOT.glob("*.py"), *(ROOT / "benchmarks").rglob("*.py"), *(ROOT / "demo").rglob("*.py")]
+    others += (ROOT / "examples").rglob("*.py")
     return MODULES | {module_name(path): path for path in others}
 
 

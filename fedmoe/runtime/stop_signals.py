@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 import time
 from collections.abc import Callable
 from types import FrameType
@@ -24,7 +25,9 @@ class StopOnSignal:
         self._first: float | None = None
 
     def install(self) -> None:
-        """Take over both signals for the rest of the process's life."""
+        """Take over both signals for the rest of the process's life; in another thread than the main one, none."""
+        if threading.current_thread() is not threading.main_thread():
+            return
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self.handle)
 
