@@ -29,6 +29,7 @@ MEASURES: Mapping[str, tuple[str, str]] = {
     "training_loss": ("Training loss", "nats per token"),
 }
 _LOSSES = {"held_out": "held_out_loss", "step": "training_loss"}
+_SMOOTHED_FROM = 8
 # Seconds without any record after which a federation was not running.
 _PAUSE = 3600.0
 
@@ -75,7 +76,7 @@ def _trends(run: str, series: ArenaSeries) -> Iterator[PlotCurve]:
         for policy in series.policies:
             x, y = series.tables[policy].points(column)
             if len(x):
-                yield PlotCurve(run, column, policy, x, y, smoothed(y, span))
+                yield PlotCurve(run, column, policy, x, y, _smooth(y, span))
 
 
 def federation_plot(run: str, records: Iterable[Record]) -> list[PlotCurve]:
@@ -94,9 +95,14 @@ def federation_plot(run: str, records: Iterable[Record]) -> list[PlotCurve]:
     for measure, expert, worker in sorted(points):
         x, y = np.array(points[measure, expert, worker], dtype=np.float64).T
         name = f"{expert}, {worker}" if len(workers[expert]) > 1 else expert
-        smooth = smoothed(y, max(3.0, len(y) / 15)) if measure == "training_loss" else None
+        smooth = _smooth(y, max(3.0, len(y) / 15)) if measure == "training_loss" else None
         curves.append(PlotCurve(run, measure, name, x, y, smooth))
     return curves
+
+
+def _smooth(values: Float64Array, span: float) -> Float64Array | None:
+    """Their moving average; None for a few, which show themselves."""
+    return smoothed(values, span) if len(values) >= _SMOOTHED_FROM else None
 
 
 def _loss_of(record: Record) -> tuple[str, str, str, float, float] | None:

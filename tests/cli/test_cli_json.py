@@ -107,7 +107,7 @@ def test_token_create_and_revoke(locked_server: LiveServer, fedmoe: Run, monkeyp
 
 #: Commands that go on until they are stopped, as do `logs -f` and `status --watch`, whose JSON is a document a line;
 #: a worker has JSON for its dry run.
-LONG = {"coordinator", "join", "evaluator", "dashboard", "gateway serve"}
+LONG = {"coordinator", "join", "evaluator", "dashboard", "gateway serve", "arena watch"}
 
 
 def test_every_command_that_ends_has_json() -> None:

@@ -65,7 +65,7 @@ def test_two_runs_are_told_apart_and_sample_data_are_marked() -> None:
 def test_the_losses_of_a_federation_lie_over_its_running_time() -> None:
     records: list[Record] = [
         *losses("w1", "python", "held_out", [3.0, 2.5, 2.0]),
-        *losses("w1", "python", "step", [3.1, 3.0, 2.9, 2.8]),
+        *losses("w1", "python", "step", [3.1, 3.0, 2.9, 2.8, 2.7, 2.6, 2.5, 2.4]),
         # A day later, with a loss that is no number.
         *losses("w2", "sql", "held_out", [4.0, float("nan"), 3.0], start=90_000.0),
         {"at": 1005.0, "kind": "push", "worker": "w1", "expert": "python", "loss": 1.0},
@@ -74,8 +74,11 @@ def test_the_losses_of_a_federation_lie_over_its_running_time() -> None:
     assert (held_out.measure, held_out.name, training.measure) == ("held_out_loss", "python", "training_loss")
     np.testing.assert_array_equal(held_out.x, [0, 10, 20])
     np.testing.assert_array_equal(held_out.y, [3.0, 2.5, 2.0])
-    np.testing.assert_array_equal(sql.x, [30, 50])
+    np.testing.assert_array_equal(sql.x, [70, 90])
     assert training.smooth is not None
+    # A few points show themselves.
+    (short,) = federation_plot("run", losses("w1", "python", "step", [3.1, 3.0]))
+    assert short.smooth is None
     both = federation_plot("run", [*records, *losses("w3", "python", "held_out", [3.0])])
     assert [curve.name for curve in both if curve.measure == "held_out_loss"] == ["python, w1", "python, w3", "sql"]
 

@@ -81,7 +81,7 @@ def _draw(axes: Axes, curve: PlotCurve, style: tuple[str, str], scale: float, na
     x, (colour, dash) = curve.x / scale, style
     if curve.low is not None and curve.high is not None:
         axes.fill_between(x, curve.low, curve.high, color=colour, alpha=0.15, linewidth=0)
-    if curve.smooth is not None and len(x) > 2:
+    if curve.smooth is not None:
         axes.plot(x, curve.y, color=colour, linewidth=0.7, alpha=0.3)
     marker = "o" if len(x) <= _MARKERS_UP_TO and curve.smooth is None else ""
     bold = curve.y if curve.smooth is None else curve.smooth
