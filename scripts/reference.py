@@ -178,7 +178,7 @@ def _default(entry: Mapping[str, Any]) -> str:
 
 def _plain(text: str) -> str:
     """Help without the escapes of what draws it on a terminal."""
-    return " ".join(text.replace("\\[", "[").split())
+    return " ".join(text.split())
 
 
 def _anchor(heading: str) -> str:

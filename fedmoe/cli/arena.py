@@ -48,7 +48,7 @@ def train(
     ] = None,
     token: Token = None,
     memory_limit_gb: Annotated[
-        float | None, typer.Option(min=0.5, help="Memory limit in GiB; change it in OUT/control.json. \\[default: 32]")
+        float | None, typer.Option(min=0.5, help="Memory limit in GiB; change it in OUT/control.json. [default: 32]")
     ] = None,
     gpu_memory_limit_gb: Annotated[float | None, typer.Option(min=0.5, help="Memory limit on every GPU.")] = None,
     allow_network_fs: Annotated[
@@ -59,7 +59,7 @@ def train(
     dtype: Annotated[str, typer.Option(help="Precision of computing: auto, bf16, fp16, fp32.")] = "auto",
     ray_address: Annotated[
         str | None,
-        typer.Option(help="Ray cluster for \\[engine] actors: HOST:PORT, or auto. \\[default: one of its own, here]"),
+        typer.Option(help="Ray cluster for [engine] actors: HOST:PORT, or auto. [default: one of its own, here]"),
     ] = None,
     prometheus_port: Annotated[int | None, typer.Option(help="Serve metrics on this port of 127.0.0.1.")] = None,
     tensorboard: Annotated[bool, typer.Option(help="Write TensorBoard files to OUT/tensorboard.")] = True,

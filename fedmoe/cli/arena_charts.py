@@ -90,7 +90,7 @@ def generate(
 
 def visualise(
     records: Annotated[
-        Path | None, typer.Option(help="metrics.jsonl of a run. \\[default: the latest run's, else sample data]")
+        Path | None, typer.Option(help="metrics.jsonl of a run. [default: the latest run's, else sample data]")
     ] = None,
     out: Annotated[Path, typer.Option(help="Folder for the charts.")] = CHART_FOLDER,
 ) -> None:
@@ -104,7 +104,7 @@ def visualise(
 
 def run_script(command: Callable[..., None]) -> None:
     """Run `generate` or `visualise` as a program of its own, with this process's arguments."""
-    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
     app.command()(command)
     with printing_safely():
         guarded(app, sys.argv[1:])

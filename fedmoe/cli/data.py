@@ -24,7 +24,7 @@ app = typer.Typer(help="Make the demo's data, and check your own.", no_args_is_h
 @app.command()
 def build(
     out: Annotated[Path, typer.Option(help="Folder to write to.")] = Path("data/demo"),
-    domains: Annotated[list[str] | None, typer.Option("--domain", help="python, sql or docs. \\[default: all]")] = None,
+    domains: Annotated[list[str] | None, typer.Option("--domain", help="python, sql or docs. [default: all]")] = None,
     force: Annotated[bool, typer.Option("--force", help="Build anew what is there.")] = False,
     archives: Annotated[Path | None, typer.Option(help="Folder that already holds the source archives.")] = None,
     as_json: AsJson = False,
@@ -50,7 +50,7 @@ def check(
         str | None, typer.Option(help="Count tokens and show samples for smollm2, tiny, a folder or a hub id.")
     ] = None,
     max_length: Annotated[
-        int | None, typer.Option(min=8, help="Tokens in a row. \\[default: 1024, or the model's context if shorter]")
+        int | None, typer.Option(min=8, help="Tokens in a row. [default: 1024, or the model's context if shorter]")
     ] = None,
     map: DataMap = None,
     long_rows: LongRows = None,

@@ -24,7 +24,7 @@ _OPTIONS: Mapping[str, OptionText] = {
     "max_length": "Tokens a block. [default: 1024, or the model's context if shorter]",
     "batch_size": "Blocks at once. [default: 4]",
     "poll_interval": typer.Option(
-        metavar="SECONDS", help=f"Seconds between two looks for a candidate. \\[default: {DEFAULT_SYNC_INTERVAL}]"
+        metavar="SECONDS", help=f"Seconds between two looks for a candidate. [default: {DEFAULT_SYNC_INTERVAL}]"
     ),
     **BASE_MODEL_OPTIONS,
     **DEVICE_OPTIONS,

@@ -15,6 +15,7 @@ from fedmoe.cli.options import (
     ChatTemplateFile,
     ChatTemplateKwargs,
     DataMap,
+    Device,
     FederationBase,
     federation_base,
     loaded,
@@ -59,10 +60,10 @@ def evaluate(
     map: DataMap = None,
     blocks: Annotated[int, typer.Option(min=2, help="At most so many blocks of each domain are scored.")] = 32,
     max_length: Annotated[
-        int | None, typer.Option(min=8, help="Tokens a block. \\[default: 1024, or the model's context if shorter]")
+        int | None, typer.Option(min=8, help="Tokens a block. [default: 1024, or the model's context if shorter]")
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Blocks at once.")] = 4,
-    device: Annotated[str, typer.Option(help="Device: auto, cpu, cuda.")] = "auto",
+    device: Device = "auto",
     chat_template: ChatTemplateFile = None,
     chat_template_kwargs: ChatTemplateKwargs = None,
     plot: Annotated[Path | None, typer.Option(metavar="FILE", help="Draw the results into this PNG file.")] = None,

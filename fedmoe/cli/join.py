@@ -26,9 +26,7 @@ _LINE = Annotated[
 _ALLOW_HTTP = Annotated[
     bool, typer.Option("--allow-http", help="Join over http:// on another machine too, where others may read along.")
 ]
-_WORKER_ID = Annotated[
-    str | None, typer.Option(help="This worker's name. [default: of the machine and the specialty]".replace("[", "\\["))
-]
+_WORKER_ID = Annotated[str | None, typer.Option(help="This worker's name. [default: of the machine and the specialty]")]
 
 
 def join(

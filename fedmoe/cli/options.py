@@ -31,7 +31,7 @@ ConfigT = TypeVar("ConfigT", bound=BaseSettings)
 #: The help of an option, or everything about it.
 OptionText = str | OptionInfo
 
-_CONFIG_HELP = "File of options, a section a process. \\[default: ./fedmoe.toml if there is one]"
+_CONFIG_HELP = "File of options, a section a process. [default: ./fedmoe.toml if there is one]"
 DEFAULT_URL = f"http://127.0.0.1:{DEFAULT_PORT}"
 CoordinatorUrl = Annotated[
     str, typer.Option("--coordinator-url", envvar="FEDMOE_COORDINATOR_URL", help="Where the coordinator listens.")
@@ -59,7 +59,7 @@ ChatTemplateKwargs = Annotated[str | None, CHAT_TEMPLATE_KWARGS]
 #: None: the name that the federation has for it.
 FederationBase = Annotated[
     str | None,
-    typer.Option(help="Base model: smollm2, a folder or a hub id. \\[default: the federation's, by its name]"),
+    typer.Option(help="Base model: smollm2, a folder or a hub id. [default: the federation's, by its name]"),
 ]
 DataMap = Annotated[list[str] | None, MAP]
 LongRows = Annotated[str | None, LONG_ROWS]
@@ -69,10 +69,14 @@ BASE_MODEL_OPTIONS: Mapping[str, OptionText] = {
     "chat_template": CHAT_TEMPLATE,
     "chat_template_kwargs": CHAT_TEMPLATE_KWARGS,
 }
+_DEVICE = "Device: cpu, cuda, cuda:1, mps, or auto: the first of CUDA, MPS and CPU that is there."
+_DTYPE = "Precision of computing: bf16, fp16, fp32, or auto: bf16 where the device has it, else fp16 on CUDA, fp32."
 DEVICE_OPTIONS: Mapping[str, OptionText] = {
-    "device": "Device: auto (default), cpu, cuda, cuda:1, mps.",
-    "dtype": "Precision of computing: auto (default), bf16, fp16, fp32.",
+    "device": f"{_DEVICE} [default: auto]",
+    "dtype": f"{_DTYPE} [default: auto]",
 }
+Device = Annotated[str, typer.Option(help=_DEVICE)]
+Dtype = Annotated[str, typer.Option(help=_DTYPE)]
 
 
 def client(url: str, token: str | None) -> CoordinatorClient:
@@ -192,8 +196,7 @@ def _source_of(context: typer.Context, name: str) -> str:
 
 def _option_of(name: str, field: FieldInfo, text: OptionText, prefix: str) -> Parameter:
     """Optional and without a default, which the configuration has; but required where the field is."""
-    # Square brackets are markup to what draws the help, unless they are escaped.
-    option = typer.Option(help=text.replace("[", "\\[")) if isinstance(text, str) else text
+    option = typer.Option(help=text) if isinstance(text, str) else text
     types = {field.annotation, *get_args(field.annotation)}
     types |= {get_args(part)[0] for part in types if get_origin(part) is Annotated}
     kind: object = next((number for number in (bool, int, float) if number in types), str)

@@ -68,7 +68,8 @@ def _misused(error: TyperException) -> NoReturn:
     """A command line that cannot be read; without any arguments the help is the answer."""
     context = getattr(error, "ctx", None)
     if type(error).__name__ == "NoArgsIsHelpError":
-        raise SystemExit(EXIT_USAGE)  # Typer has printed the help already
+        print(error.format_message())
+        raise SystemExit(EXIT_USAGE)
     hint = f" (see: {context.command_path} --help)" if context is not None else ""
     _fail(" ".join(error.format_message().split()) + hint, error.exit_code)
 

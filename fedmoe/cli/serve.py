@@ -13,6 +13,8 @@ from fedmoe.cli.coordinator import check_tls
 from fedmoe.cli.options import (
     ChatTemplateFile,
     ChatTemplateKwargs,
+    Device,
+    Dtype,
     FederationBase,
     federation_base,
     loaded,
@@ -35,7 +37,7 @@ def serve(
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port.")] = 8080,
     api_keys: Annotated[
         Path | None,
-        typer.Option(help="File of API key hashes, one a line; made with one key if missing. \\[default: no keys]"),
+        typer.Option(help="File of API key hashes, one a line; made with one key if missing. [default: no keys]"),
     ] = None,
     insecure: Annotated[bool, typer.Option("--insecure", help="Ask for no API key, even off loopback.")] = False,
     poll_interval: Annotated[float, typer.Option(min=0.05, help="Seconds between two looks for versions.")] = 2.0,
@@ -43,8 +45,8 @@ def serve(
     max_output_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 1024,
     max_batch: Annotated[int, typer.Option(min=1, max=1024, help="Answers computed at once.")] = 16,
     max_queue: Annotated[int, typer.Option(min=0, help="Answers that may wait; more are refused (429).")] = 128,
-    device: Annotated[str, typer.Option(help="Device: auto, cpu, cuda.")] = "auto",
-    dtype: Annotated[str, typer.Option(help="Precision of computing: auto, fp32, bf16, fp16.")] = "auto",
+    device: Device = "auto",
+    dtype: Dtype = "auto",
     chat_template: ChatTemplateFile = None,
     chat_template_kwargs: ChatTemplateKwargs = None,
     backend: Annotated[BackendKind, typer.Option(help="Where tokens are computed.")] = BackendKind.transformers,

@@ -31,7 +31,7 @@ def create(
     join: Annotated[bool, typer.Option("--join", help="Make a line for `fedmoe join`; it works once.")] = False,
     role: Annotated[str, typer.Option(help="worker, join, viewer or admin.")] = "worker",
     expires_in: Annotated[
-        float | None, typer.Option(help="Seconds until it expires. \\[default: never; a join line: 7 days]")
+        float | None, typer.Option(help="Seconds until it expires. [default: never; a join line: 7 days]")
     ] = None,
     label: Annotated[str, typer.Option(help="What people call it, shown in lists and logs.")] = "",
     as_json: AsJson = False,

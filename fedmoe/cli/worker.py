@@ -35,7 +35,7 @@ _OPTIONS: Mapping[str, OptionText] = {
     "map": MAP,
     "long_rows": LONG_ROWS,
     "sync_interval": typer.Option(
-        metavar="SECONDS", help=f"Seconds between pushes, 5 to 30 recommended. \\[default: {DEFAULT_SYNC_INTERVAL}]"
+        metavar="SECONDS", help=f"Seconds between pushes, 5 to 30 recommended. [default: {DEFAULT_SYNC_INTERVAL}]"
     ),
     **BASE_MODEL_OPTIONS,
     "state_dir": "Identity and checkpoints. [default: runs/workers/ID]",

@@ -8,13 +8,12 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol, cast
+from typing import Any, Protocol, cast
 
 import forks
 import typer
 
-from fedmoe.cli.commands import app
-from fedmoe.cli.gateway import get_gateway_model
+from fedmoe.cli.commands import app, gateway_tool
 
 ROOT = Path(__file__).parents[2]
 
@@ -35,6 +34,7 @@ class Parameter(Protocol):
     opts: list[str]
     secondary_opts: list[str]
     param_type_name: str
+    help: str | None
 
 
 class Command(Protocol):
@@ -43,13 +43,15 @@ class Command(Protocol):
     params: list[Parameter]
     help: str | None
 
+    def make_context(self, info_name: str, args: list[str], **extra: Any) -> typer.Context:
+        """The context of a call, of which the help can be asked."""
+        ...
+
 
 def commands() -> Iterator[tuple[str, Command]]:
     """All commands and groups with their full names; `get_gateway_model.py` is the specification's own."""
     yield from _below("fedmoe", cast(Command, typer.main.get_command(app)))
-    single = typer.Typer(add_completion=False)
-    single.command()(get_gateway_model)
-    yield "get_gateway_model.py", cast(Command, typer.main.get_command(single))
+    yield "get_gateway_model.py", cast(Command, typer.main.get_command(gateway_tool))
 
 
 def _below(name: str, command: Command) -> Iterator[tuple[str, Command]]:
@@ -75,12 +77,19 @@ def run_script(*arguments: str, environment: dict[str, str] | None = None) -> Ou
     return Outcome(done.returncode, done.stdout, done.stderr)
 
 
-def run_code(code: str) -> Outcome:
+def run_command(*arguments: str, environment: dict[str, str]) -> Outcome:
+    """Run `fedmoe`, called by that name, in a process of its own."""
+    return run_code(
+        f"import sys; sys.argv = {['fedmoe', *arguments]!r}; from fedmoe.cli import main; main()", environment
+    )
+
+
+def run_code(code: str, environment: dict[str, str] | None = None) -> Outcome:
     """Run Python code in a process that has loaded nothing before."""
     done = subprocess.run(
         [sys.executable, "-c", code],
         cwd=ROOT,
-        env=_clean_environment(),
+        env=_clean_environment() | (environment or {}),
         capture_output=True,
         text=True,
         timeout=120,
