@@ -39,11 +39,15 @@ def all_monitors(
     """
     with ExitStack() as stack:
         sinks: list[Sink] = [stack.enter_context(TerminalView(Console(), iterations))]
-        if tensorboard:
-            sinks.append(TensorBoardSink(folder / "tensorboard"))
-        if prometheus_port is not None:
-            sinks.append(PrometheusSink(prometheus_port))
-        sinks += open_trackers(report_to, folder.absolute().name, folder)
+        with ExitStack() as opened:  # closes what is open where a later one cannot be opened
+            if tensorboard:
+                sinks.append(TensorBoardSink(folder / "tensorboard"))
+                opened.callback(sinks[-1].close)
+            if prometheus_port is not None:
+                sinks.append(PrometheusSink(prometheus_port))
+                opened.callback(sinks[-1].close)
+            sinks += open_trackers(report_to, folder.absolute().name, folder)
+            opened.pop_all()
         writer = WatchedWriter(records, sinks)
         stack.callback(writer.close)
         stack.enter_context(sampled_system(writer, folder, memory_limit=limit))

@@ -152,6 +152,7 @@ def test_options_that_contradict_each_other_are_refused(fedmoe: Run, config: Pat
         (["--dtype", "int4"], ["unknown dtype 'int4'"]),
         (["--learner-device", "abacus"], ["unknown device 'abacus'"]),
         (["--ray-address", "auto"], ["--ray-address is for rollouts by Ray actors", "set [engine] actors"]),
+        (["--report-to", "wandb,comet"], ["comet: no such tracker to report to; there are trackio, wandb, mlflow"]),
     ],
 )
 @pytest.mark.usefixtures("quiet")
