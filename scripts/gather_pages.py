@@ -12,7 +12,14 @@ import reference
 
 ROOT = Path(__file__).resolve().parent.parent
 #: At the same places as in the repository, so that links between pages stay as they are.
-PARTS = ("*.md", "docs/**/*.md", "docs/images/*.png", "benchmarks/README.md", "benchmarks/results/*.png")
+PARTS = (
+    "*.md",
+    "docs/**/*.md",
+    "docs/images/*.png",
+    "benchmarks/README.md",
+    "benchmarks/results/*.png",
+    "examples/README.md",
+)
 LINK = re.compile(r"(?<!!)\[([^\]\n]+)\]\(([^)\s]+)\)")
 
 

@@ -91,7 +91,9 @@ def test_every_document_is_in_the_navigation_of_the_site_once() -> None:
     named = [
         name for name in re.findall(r"[\w./-]+\.md", (ROOT / "mkdocs.yml").read_text()) if "/reference/" not in name
     ]
-    assert sorted(named) == sorted(["benchmarks/README.md", *(str(path.relative_to(ROOT)) for path in DOCUMENTS)])
+    assert sorted(named) == sorted(
+        ["benchmarks/README.md", "examples/README.md", *(str(path.relative_to(ROOT)) for path in DOCUMENTS)]
+    )
 
 
 def test_every_file_named_in_the_architecture_exists() -> None:
@@ -317,4 +319,26 @@ def test_every_fault_names_tests_that_exist(fault: int, cells: str) -> None:
     for test in named:
         file, _, name = test.partition("::")
         assert (ROOT / file).exists(), test
+        assert not name or name in functions_of(ROOT / file), test
+
+
+EXPECTATIONS = re.findall(
+    r"^\| (\d+) \| [^|]+ \| (\w+) \| ([^|]+) \| (.+) \|$",
+    (ROOT / "docs" / "expectations.md").read_text(),
+    re.MULTILINE,
+)
+
+
+def test_all_32_expectations_are_answered_in_order() -> None:
+    assert [int(number) for number, *_ in EXPECTATIONS] == list(range(1, 33))
+    assert {found for _, found, *_ in EXPECTATIONS} <= {"yes", "partly", "no"}
+
+
+@pytest.mark.parametrize(("number", "found", "way", "held_by"), EXPECTATIONS)
+def test_every_expectation_that_is_met_names_tests_that_exist(number: str, found: str, way: str, held_by: str) -> None:
+    named = re.findall(r"`(tests/[^`]+)`", held_by)
+    assert named or found == "no", number
+    for test in named:
+        file, _, name = test.partition("::")
+        assert (ROOT / file).is_file(), test
         assert not name or name in functions_of(ROOT / file), test

@@ -64,3 +64,9 @@ def test_the_reference_has_every_route(pages: Path) -> None:
     text = (pages / "docs" / "reference" / "http.md").read_text()
     assert set(re.findall(r"^## (.+)$", text, re.MULTILINE)) == set(described) - {"GET /openapi.json"} | {"Schemas"}
     assert "`unknown_expert`" in text
+
+
+def test_programs_find_the_pages_by_llms_txt(pages: Path) -> None:
+    named = re.findall(r"\]\((\S+)\.html\)", (pages / "llms.txt").read_text())
+    there = {str(page.relative_to(pages).with_suffix("")) for page in pages.rglob("*.md")} - {"README"} | {"index"}
+    assert sorted(named) == sorted(there)

@@ -7,6 +7,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
+import structlog
 import typer
 
 from fedmoe.cli.coordinator import check_tls
@@ -76,6 +77,7 @@ def serve(
     check_tls(tls_cert, tls_key)
     configure()
     log_uncaught()
+    structlog.get_logger("fedmoe.serve").info("starting", backend=backend.value)
     chat = template_of(chat_template, chat_template_kwargs)
     keys, loopback = _keys(host, api_keys, insecure)
     with importing("worker"):

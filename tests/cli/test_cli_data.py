@@ -118,3 +118,11 @@ def test_columns_are_mapped_and_a_wrong_map_says_how(fedmoe: Run, tmp_path: Path
     assert outcome.status == 0
     assert "format question+answer" in outcome.out
     assert "--map takes COLUMN=NAME" in fedmoe("data", "check", file, "--map", "frage").err
+
+
+def test_the_demonstrations_data_are_made_from_installed_packages_and_not_again(fedmoe: Run, tmp_path: Path) -> None:
+    first = fedmoe("data", "build", "--domain", "python", "--out", str(tmp_path))
+    assert (first.status, first.out.splitlines()[0]) == (0, "python: reading its source")
+    rows = (tmp_path / "python" / "train.jsonl").read_text().splitlines()
+    assert f"python: {len(rows):,} train and " in first.out
+    assert "python: already there" in fedmoe("data", "build", "--domain", "python", "--out", str(tmp_path)).out
