@@ -13,21 +13,19 @@ from __future__ import annotations
 import argparse
 import http.client
 import json
-import socket
 import statistics
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 
 from lib.harness import pin_threads, write_result
 
 pin_threads(1)
 
 import numpy as np  # noqa: E402  # threads are pinned first
-import psutil  # noqa: E402
 from lib.coordinator_process import RunningCoordinator, coordinator_process  # noqa: E402
+from lib.open_pages import chromium_page, cpu_seconds, listeners  # noqa: E402
 
 from fedmoe.lora.adapter import Layout, ModuleShape  # noqa: E402
 from fedmoe.lora.codec import encode  # noqa: E402
@@ -39,11 +37,6 @@ LAYOUT = Layout((ModuleShape("layers.0.q", 64, 64),), 4)
 MANIFEST = Manifest(BaseModel("small", "1", "0" * 64, "0" * 64), LAYOUT, 8.0)
 SEED = 1
 WORKERS, EVENTS_A_MINUTE = 1000, 10_000
-
-
-def cpu_seconds(process: int) -> float:
-    times = psutil.Process(process).cpu_times()
-    return float(times.user + times.system)
 
 
 def push_for(running: RunningCoordinator, seconds: float, sequence: int) -> int:
@@ -59,36 +52,6 @@ def push_for(running: RunningCoordinator, seconds: float, sequence: int) -> int:
             header = header.model_copy(update={"sequence": sequence, "base_version": sequence})
             time.sleep(max(0.0, 1.0 - (time.monotonic() - begun)))
     return sequence
-
-
-@contextmanager
-def listeners(port: int, count: int) -> Iterator[list[int]]:
-    """So many connections that read `/live`; gives the bytes that each has read."""
-    read, stop = [0] * count, threading.Event()
-    with ExitStack() as opened:
-        connections = []
-        for _ in range(count):
-            connection = opened.enter_context(socket.create_connection(("127.0.0.1", port)))
-            connection.sendall(b"GET /live HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n")
-            connection.settimeout(0.0)
-            connections.append(connection)
-
-        def drain() -> None:
-            while not stop.is_set():
-                for number, connection in enumerate(connections):
-                    try:
-                        read[number] += len(connection.recv(1 << 20))
-                    except BlockingIOError:
-                        continue
-                time.sleep(0.2)
-
-        thread = threading.Thread(target=drain)
-        thread.start()
-        try:
-            yield read
-        finally:
-            stop.set()
-            thread.join()
 
 
 def measure_pages(pages: int, seconds: float) -> dict[str, float]:
@@ -114,8 +77,6 @@ def measure_pages(pages: int, seconds: float) -> dict[str, float]:
 
 
 def measure_browser(chromium: str, seconds: float) -> dict[str, float]:
-    from playwright.sync_api import sync_playwright
-
     with tempfile.TemporaryDirectory() as state, ExitStack() as opened:
         running = opened.enter_context(coordinator_process(state, ["--requests-per-second", "0"]))
         with CoordinatorClient(running.url) as client:
@@ -129,21 +90,12 @@ def measure_browser(chromium: str, seconds: float) -> dict[str, float]:
         for thread in threads:
             thread.start()
         try:
-            playwright = opened.enter_context(sync_playwright())
-            browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
-            page = browser.new_page()
-            page.goto(running.url)
-            page.wait_for_selector("#workers tbody tr:nth-child(100)", timeout=60_000)
-            time.sleep(3.0)
-            children = psutil.Process().children(recursive=True)
-            processes = [child for child in children if "chrom" in child.name()]
-            before, own = total(processes), cpu_seconds(running.pid)
+            page = opened.enter_context(chromium_page(chromium))
+            page.open(running.url, "#workers tbody tr:nth-child(100)")
+            own = cpu_seconds(running.pid)
             waits.clear()
-            # The page's thread of Playwright must turn.
-            page.wait_for_timeout(1000 * seconds)
-            chromium_share = (total(processes) - before) / seconds
+            chromium_share = page.share(seconds)
             coordinator_share = (cpu_seconds(running.pid) - own) / seconds
-            browser.close()
         finally:
             stop.set()
             for thread in threads:
@@ -156,10 +108,6 @@ def measure_browser(chromium: str, seconds: float) -> dict[str, float]:
         "healthz_p50_ms": 1e3 * statistics.median(waits),
         "healthz_p99_ms": 1e3 * float(np.percentile(waits, 99)),
     }
-
-
-def total(processes: list[psutil.Process]) -> float:
-    return sum(cpu_seconds(process.pid) for process in processes if process.is_running())
 
 
 def beat(port: int, stop: threading.Event) -> None:

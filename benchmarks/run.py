@@ -48,6 +48,7 @@ BENCHMARKS: Mapping[str, Benchmark] = {
     "many_experts": Benchmark("--repeats 60"),
     "page": Benchmark(needs="Playwright and --browser PATH, a Chromium"),
     "memory_estimate": Benchmark(),
+    "runs_page": Benchmark(needs="Playwright and --browser PATH, a Chromium"),
     "merge": Benchmark("--model all --layers 2 --repeats 1"),
     "merge_peers": Benchmark(needs="PEFT and the folder of merge_quality: --work FOLDER"),
     "merge_quality": Benchmark(needs=_EXPERTS),

@@ -30,6 +30,7 @@ TABLES: Mapping[str, Callable[[], str]] = {
     "crashes": tables_server.crashes,
     "replicas": tables_replicas.disturbances,
     "page": tables_server.page,
+    "runs_page": tables_server.runs_page,
     "replicas_takeovers": tables_replicas.takeovers,
     "replicas_rates": tables_replicas.rates,
     "ray_rollouts": tables_replicas.ray_rollouts,

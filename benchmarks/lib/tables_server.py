@@ -273,3 +273,15 @@ def page() -> str:
         ],
     ]
     return table(["", "coordinator, of a core", "Chromium, of a core", "`/healthz` ms p50 / p99"], rows)
+
+
+def runs_page() -> str:
+    """What open pages of arena runs cost their server, and what one costs its browser."""
+    measured = results("runs_page")
+    pages, browser = measured["pages"], measured["browser"]
+    several, one = pages["server_share_of_a_core"], pages["server_share_of_a_core_one"]
+    rows: list[Row] = [
+        ["one page", f"{100 * one:.1f} %", f"{100 * browser['chromium_share_of_a_core']:.0f} %"],
+        [f"{pages['pages']} pages", f"{100 * several:.1f} %", ""],
+    ]
+    return table(["", "server, of a core", "Chromium, of a core"], rows)

@@ -114,6 +114,7 @@ def serve_runs(pages: RunPages, port: int, ready: Callable[[str], None]) -> None
     """Serve until a signal; `ready` is told the address. Raises PortInUseError, ModuleNotFoundError."""
     server = server_of(runs_app(pages))
     with listen(HOST, port) as listener, own_signals(server):
+        listener.listen()  # whoever is told the address may come at once
         ready(f"http://{HOST}:{listener.getsockname()[1]}/")
         run(server, listener, pages.live.close)
 
