@@ -39,6 +39,21 @@ def test_every_link_of_the_site_leads_to_a_page_of_it(pages: Path) -> None:
     assert followed > 50
 
 
+def anchors_of(page: Path) -> set[str]:
+    """The anchors of a page's headings, as GitHub and the site make them."""
+    headings = re.findall(r"^#+ (.+)$", re.sub(r"^```.*?^```", "", page.read_text(), flags=re.M | re.S), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).strip().replace(" ", "-") for heading in headings}
+
+
+def test_every_link_to_a_part_of_a_page_leads_to_a_heading(pages: Path) -> None:
+    followed = 0
+    for page in pages.rglob("*.md"):
+        for target, anchor in re.findall(r"\]\(([^)\s#:]*)#([^)\s]+)\)", page.read_text()):
+            assert anchor in anchors_of(page.parent / target if target else page), f"{page.name}: {target}#{anchor}"
+            followed += 1
+    assert followed > 20
+
+
 def test_the_reference_has_every_command_and_option(pages: Path) -> None:
     text = (pages / "docs" / "reference" / "cli.md").read_text()
     sections = dict(re.findall(r"^## (fedmoe[^\n]*)\n(.*?)(?=^## |\Z)", text, re.MULTILINE | re.DOTALL))
