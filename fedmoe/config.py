@@ -8,7 +8,6 @@ import os
 import re
 from collections.abc import Mapping
 from typing import Annotated, Literal
-from urllib.parse import urlsplit
 
 from pydantic import (
     AfterValidator,
@@ -25,6 +24,7 @@ from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, Settings
 from fedmoe import plug_ins
 from fedmoe.lora.codec import WireDtype
 from fedmoe.runtime.config_file import FileSource
+from fedmoe.runtime.urls import usable_blobs, usable_coordinator, usable_database, usable_url
 from fedmoe.wire.contract.messages import MAX_PARAMETERS, ExpertName, StartFrom, WorkerName
 
 _TOKEN = re.compile(r"[\x21-\x7e]{16,4096}")
@@ -61,49 +61,6 @@ def _factor(value: float) -> float:
     return value
 
 
-def _usable_url(value: str) -> str:
-    """The URL without a slash at its end; nothing in it may be a secret or confuse a terminal."""
-    try:
-        parts = urlsplit(value)
-        usable = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
-    except ValueError:
-        usable = False
-    if not usable or "@" in value or "?" in value or "#" in value or not value.isprintable() or " " in value:
-        # What may hold a password or a token is not repeated.
-        got = "one with more than host, port and path in it" if set("@?#") & set(value) else repr(value)
-        raise ValueError(f"expected a URL like http://192.168.1.100:5000, got {got}")
-    return value.rstrip("/")
-
-
-def _usable_coordinator(value: str) -> str:
-    """A URL that may have the fingerprint of a key behind it."""
-    url, mark, fingerprint = value.partition("#")
-    if mark and not (re.fullmatch("[0-9a-f]{64}", fingerprint.lower()) and url.lower().startswith("https://")):
-        raise ValueError("expected https://HOST:PORT#FINGERPRINT, a fingerprint of 64 digits 0-9 and a-f")
-    return _usable_url(url) + mark + fingerprint.lower()
-
-
-def usable_blobs(value: str) -> str:
-    """The URL of a bucket without a slash at its end; raises ValueError, with credentials in it too."""
-    try:
-        parts = urlsplit(value)
-        usable = parts.scheme in ("s3", "gs", "az") and bool(parts.netloc) and parts.netloc == parts.hostname
-    except ValueError:
-        usable = False
-    if not usable or "?" in value or "#" in value or not value.isprintable() or " " in value:
-        # What was given is not repeated: somebody may have put a secret into it.
-        raise ValueError("expected s3://bucket/prefix, gs://bucket/prefix or az://container/prefix, no credentials")
-    return value.rstrip("/")
-
-
-def _usable_database(value: SecretStr) -> SecretStr:
-    """Never shows the value, in which there may be a password."""
-    url = value.get_secret_value()
-    if not re.match(r"postgresql(\+psycopg)?://", url) or not url.isprintable() or " " in url:
-        raise ValueError("expected postgresql+psycopg://user@host/database; a password belongs into PGPASSFILE")
-    return value
-
-
 def _usable_token(value: SecretStr) -> SecretStr:
     """Never shows the value: the message ends up in logs and terminals."""
     if not _TOKEN.fullmatch(value.get_secret_value()):
@@ -116,7 +73,7 @@ def _usable_token(value: SecretStr) -> SecretStr:
 
 SyncInterval = Annotated[float, BeforeValidator(_seconds)]
 Token = Annotated[SecretStr, AfterValidator(_usable_token)]
-DatabaseUrl = Annotated[SecretStr, AfterValidator(_usable_database)]
+DatabaseUrl = Annotated[SecretStr, AfterValidator(usable_database)]
 
 
 class _ProcessConfig(BaseSettings):
@@ -161,7 +118,7 @@ class CoordinatorConfig(_ProcessConfig):
         default=None, validation_alias=AliasChoices("database_url", "FEDMOE_DATABASE_URL")
     )
     replica: WorkerName | None = None
-    advertise: Annotated[str, AfterValidator(_usable_url)] | None = None
+    advertise: Annotated[str, AfterValidator(usable_url)] | None = None
     replica_secret_file: str | None = None
     lease_seconds: Annotated[float, Field(ge=0.5, le=60, allow_inf_nan=False)] = 3.0
     enable_gateway: bool = True
@@ -262,7 +219,7 @@ class CoordinatorConfig(_ProcessConfig):
 class _CallerConfig(_ProcessConfig):
     """What processes that call a coordinator have in common."""
 
-    coordinator_url: Annotated[str, AfterValidator(_usable_coordinator)]
+    coordinator_url: Annotated[str, AfterValidator(usable_coordinator)]
     token: Token | None = Field(default=None, validation_alias=AliasChoices("token", "FEDMOE_TOKEN"))
 
 
@@ -369,9 +326,49 @@ class WorkerConfig(_CallerConfig):
         return self
 
 
+class GatewayConfig(_ProcessConfig):
+    """Parameters of `fedmoe gateway serve`, `evaluate` and `generate`; environment variables are `FEDMOE_GATEWAY_...`.
+
+    Also `FEDMOE_COORDINATOR_URL`, `FEDMOE_TOKEN` and `FEDMOE_VLLM_TOKEN`. Each takes what it has a use for.
+    """
+
+    model_config = SettingsConfigDict(env_prefix="FEDMOE_GATEWAY_")
+
+    coordinator_url: Annotated[str, AfterValidator(usable_coordinator)] = f"http://127.0.0.1:{DEFAULT_PORT}"
+    token: Token | None = Field(default=None, validation_alias=AliasChoices("token", "FEDMOE_TOKEN"))
+    base_model: str | None = None
+    chat_template: str | None = None
+    chat_template_kwargs: str | None = None
+    device: str = "auto"
+    dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    host: str = "127.0.0.1"
+    port: Annotated[int, Field(ge=0, le=65535)] = 8080
+    api_keys: str | None = None
+    insecure: bool = False
+    poll_interval: Annotated[float, Field(ge=0.05, allow_inf_nan=False)] = 2.0
+    max_prompt_tokens: Annotated[int, Field(ge=1)] = 1024
+    max_output_tokens: Annotated[int, Field(ge=1)] = 1024
+    max_batch: Annotated[int, Field(ge=1, le=1024)] = 16
+    max_queue: Annotated[int, Field(ge=0)] = 128
+    backend: Literal["transformers", "vllm"] = "transformers"
+    vllm_url: str | None = None
+    replicas: tuple[str, ...] = ()
+    vllm_model: str = "base"
+    vllm_adapters: str = "runs/serve/vllm_adapters"
+    vllm_token: SecretStr | None = Field(default=None, validation_alias=AliasChoices("vllm_token", "FEDMOE_VLLM_TOKEN"))
+    tls_cert: str | None = None
+    tls_key: str | None = None
+    map: tuple[str, ...] = ()
+    blocks: Annotated[int, Field(ge=2)] = 32
+    max_length: Annotated[int, Field(ge=8)] | None = None
+    batch_size: Annotated[int, Field(ge=1)] = 4
+    max_new_tokens: Annotated[int, Field(ge=1, le=4096)] = 64
+
+
 #: The processes that have a section in the configuration file.
 PROCESSES: Mapping[str, type[BaseSettings]] = {
     "coordinator": CoordinatorConfig,
     "worker": WorkerConfig,
     "evaluator": EvaluatorConfig,
+    "gateway": GatewayConfig,
 }

@@ -60,7 +60,9 @@ def configuration_page() -> str:
         "[Configuration](../configuration.md).",
     ]
     for name, kind in PROCESSES.items():
-        texts = {item.name: _plain(item.help or "") for item in root.commands[name].params}
+        command = root.commands[name]
+        processes = getattr(command, "commands", {name: command}).values()
+        texts = {item.name: _plain(item.help or "") for process in processes for item in process.params}
         parts.append(f"## [{name}] of fedmoe.toml")
         rows = []
         for key, entry in sections[name]["properties"].items():

@@ -22,7 +22,9 @@ _UNSET = "(required)"
 
 @app.command()
 def show(
-    process: Annotated[str | None, typer.Argument(help="One of coordinator, worker, evaluator. [default: all]")] = None,
+    process: Annotated[
+        str | None, typer.Argument(help="One of coordinator, worker, evaluator, gateway. [default: all]")
+    ] = None,
     config: Annotated[Path | None, typer.Option("--config", metavar="FILE", help="The file to read.")] = None,
     as_json: AsJson = False,
 ) -> None:

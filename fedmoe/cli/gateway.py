@@ -11,16 +11,14 @@ import typer
 from fedmoe.cli.experts import show_listing
 from fedmoe.cli.gateway_evaluate import evaluate
 from fedmoe.cli.gateway_export import GATEWAY, export, pull
+from fedmoe.cli.gateway_options import GENERATE_OPTIONS, coordinator_of
 from fedmoe.cli.options import (
     DEFAULT_URL,
     AsJson,
-    ChatTemplateFile,
-    ChatTemplateKwargs,
     CoordinatorUrl,
-    Device,
-    FederationBase,
     Token,
     client,
+    configured,
     federation_base,
     loaded,
     template_of,
@@ -28,6 +26,7 @@ from fedmoe.cli.options import (
 )
 from fedmoe.cli.output import CommandError, reserved_output, say, show_json, show_table
 from fedmoe.cli.serve import serve
+from fedmoe.config import GatewayConfig
 from fedmoe.lora.diagnostics import MergeAudit, Overlap
 from fedmoe.lora.diagnostics import audit as merge_audit
 from fedmoe.lora.formats import npz_bytes
@@ -127,16 +126,11 @@ for command in (export, evaluate, serve):
 
 
 @app.command()
-@with_client()
+@configured(GatewayConfig, GENERATE_OPTIONS)
 def generate(
-    api: CoordinatorClient,
+    config: GatewayConfig,
     prompt: Annotated[str, typer.Argument(help="What to say to the model.")],
-    base_model: FederationBase = None,
     expert: Annotated[str, typer.Option(help="An expert's name, or 'gateway'.")] = GATEWAY,
-    max_new_tokens: Annotated[int, typer.Option(min=1, max=4096, help="Longest answer, in tokens.")] = 64,
-    device: Device = "auto",
-    chat_template: ChatTemplateFile = None,
-    chat_template_kwargs: ChatTemplateKwargs = None,
     as_json: AsJson = False,
 ) -> None:
     """Load the gateway (or an expert) on its base model and let it answer."""
@@ -144,18 +138,19 @@ def generate(
     from fedmoe.models.training_config import LoraConfig
     from fedmoe.qwen_finetune import QwenLoRAExpert
 
-    chat = template_of(chat_template, chat_template_kwargs)
-    pulled = pull(api, expert)
+    chat = template_of(config.chat_template, config.chat_template_kwargs)
+    with coordinator_of(config) as api:
+        pulled, manifest = pull(api, expert), api.federation().manifest
+        name = federation_base(api, config.base_model)
     adapter = pulled.adapter
     targets = tuple(sorted({module.name for module in adapter.layout.modules}))
-    config = LoraConfig(adapter.rank, adapter.alpha, target_modules=targets)
-    base = loaded(federation_base(api, base_model), device, chat)
-    if (manifest := api.federation().manifest) is not None:
+    base = loaded(name, config.device, chat)
+    if manifest is not None:
         trained_on = manifest.manifest().base
         check_base("the experts were", trained_on, base.identity.name, base.identity.weights_hash)
-    model = QwenLoRAExpert(base, config)
+    model = QwenLoRAExpert(base, LoraConfig(adapter.rank, adapter.alpha, target_modules=targets))
     model.load_adapter(adapter)
-    answer = model.generate(prompt, max_new_tokens)
+    answer = model.generate(prompt, config.max_new_tokens)
     if as_json:
         show_json({"model": expert, "version": pulled.version, "prompt": prompt, "answer": answer})
     else:

@@ -10,19 +10,10 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from fedmoe.cli.gateway_export import GATEWAY, base_of, pull
-from fedmoe.cli.options import (
-    AsJson,
-    ChatTemplateFile,
-    ChatTemplateKwargs,
-    DataMap,
-    Device,
-    FederationBase,
-    federation_base,
-    loaded,
-    template_of,
-    with_client,
-)
+from fedmoe.cli.gateway_options import EVALUATE_OPTIONS, coordinator_of
+from fedmoe.cli.options import AsJson, configured, federation_base, loaded, template_of
 from fedmoe.cli.output import CommandError, importing, show_json, show_table
+from fedmoe.config import GatewayConfig
 from fedmoe.gateway.routers import SequenceRouter
 from fedmoe.lora.adapter import Adapter
 from fedmoe.lora.manifest import BaseModel
@@ -45,9 +36,9 @@ ROUTED = "routed"
 _RESERVED = frozenset({"base", GATEWAY, ROUTED})
 
 
-@with_client()
+@configured(GatewayConfig, EVALUATE_OPTIONS)
 def evaluate(
-    api: CoordinatorClient,
+    config: GatewayConfig,
     domains: Annotated[
         list[str],
         typer.Option(
@@ -56,16 +47,6 @@ def evaluate(
             help="Held-out data; the expert NAME or NAME_expert is the domain's own. Repeat it for each domain.",
         ),
     ],
-    base_model: FederationBase = None,
-    map: DataMap = None,
-    blocks: Annotated[int, typer.Option(min=2, help="At most so many blocks of each domain are scored.")] = 32,
-    max_length: Annotated[
-        int | None, typer.Option(min=8, help="Tokens a block. [default: 1024, or the model's context if shorter]")
-    ] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Blocks at once.")] = 4,
-    device: Device = "auto",
-    chat_template: ChatTemplateFile = None,
-    chat_template_kwargs: ChatTemplateKwargs = None,
     plot: Annotated[Path | None, typer.Option(metavar="FILE", help="Draw the results into this PNG file.")] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -81,18 +62,21 @@ def evaluate(
     from fedmoe.gateway.retained_gain import retained_gains
     from fedmoe.models.prepare_data import DataOptions
 
-    rows = RowOptions.mapping(map or ())
+    rows = RowOptions.mapping(config.map)
     files = _files(domains, rows)
-    chat = template_of(chat_template, chat_template_kwargs)
-    adapters, identity = _models(api)
-    prompts = _prompt_statistics(api, adapters.keys())
-    base = loaded(federation_base(api, base_model), device, chat)
+    chat = template_of(config.chat_template, config.chat_template_kwargs)
+    with coordinator_of(config) as api:
+        adapters, identity = _models(api)
+        prompts = _prompt_statistics(api, adapters.keys())
+        place = federation_base(api, config.base_model)
+    base = loaded(place, config.device, chat)
     check_base("the experts were", identity, base.identity.name, base.identity.weights_hash)
+    length, blocks, options = config.max_length, config.blocks, DataOptions(rows)
     held_out = {
-        name: held_out_blocks(file, base, max_length, blocks, DataOptions(rows), lambda report: _note(report.text))
+        name: held_out_blocks(file, base, length, blocks, options, lambda report: _note(report.text))
         for name, file in files.items()
     }
-    matrix = _measure(base, adapters, held_out, batch_size, prompts)
+    matrix = _measure(base, adapters, held_out, config.batch_size, prompts)
     own, judged = own_experts(matrix.domains, matrix.models), [m for m in (GATEWAY, ROUTED) if m in matrix.models]
     # None without a model to judge or a domain with an own expert.
     gains = retained_gains(matrix, own, judged) if own and judged else None

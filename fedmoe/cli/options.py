@@ -56,11 +56,6 @@ MAP = typer.Option(
 LONG_ROWS = typer.Option(help="Answers beyond --max-length: truncate (default), split into samples, or drop the row.")
 ChatTemplateFile = Annotated[str | None, CHAT_TEMPLATE]
 ChatTemplateKwargs = Annotated[str | None, CHAT_TEMPLATE_KWARGS]
-#: None: the name that the federation has for it.
-FederationBase = Annotated[
-    str | None,
-    typer.Option(help="Base model: smollm2, a folder or a hub id. [default: the federation's, by its name]"),
-]
 DataMap = Annotated[list[str] | None, MAP]
 LongRows = Annotated[str | None, LONG_ROWS]
 #: Of processes that load a base model.
@@ -69,14 +64,13 @@ BASE_MODEL_OPTIONS: Mapping[str, OptionText] = {
     "chat_template": CHAT_TEMPLATE,
     "chat_template_kwargs": CHAT_TEMPLATE_KWARGS,
 }
-_DEVICE = "Device: cpu, cuda, cuda:1, mps, or auto: the first of CUDA, MPS and CPU that is there."
-_DTYPE = "Precision of computing: bf16, fp16, fp32, or auto: bf16 where the device has it, else fp16 on CUDA, fp32."
 DEVICE_OPTIONS: Mapping[str, OptionText] = {
-    "device": f"{_DEVICE} [default: auto]",
-    "dtype": f"{_DTYPE} [default: auto]",
+    "device": "Device: cpu, cuda, cuda:1, mps, or auto: the first of CUDA, MPS and CPU that is there. [default: auto]",
+    "dtype": (
+        "Precision of computing: bf16, fp16, fp32, or auto: bf16 where the device has it, else fp16 on CUDA, fp32. "
+        "[default: auto]"
+    ),
 }
-Device = Annotated[str, typer.Option(help=_DEVICE)]
-Dtype = Annotated[str, typer.Option(help=_DTYPE)]
 
 
 def client(url: str, token: str | None) -> CoordinatorClient:

@@ -100,7 +100,7 @@ def migrate(
     as_json: AsJson = False,
 ) -> None:
     """Move a stopped federation between SQLite and PostgreSQL, folder and object store; everything is compared."""
-    from fedmoe.config import usable_blobs
+    from fedmoe.runtime.urls import usable_blobs
     from fedmoe.server.history.state_move import FederationPlace, move_state
     from fedmoe.server.storage.state_dir import Database
 

@@ -242,6 +242,25 @@ def test_the_base_model_is_the_federations_unless_it_is_given(
     assert list(json.loads(outcome.out)["losses"]) == ["base", "docs", "sql_expert", "gateway"]
 
 
+def test_the_file_has_a_section_for_the_gateway_commands(
+    tiny_server: LiveServer, fedmoe: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Flag, else environment, else file: the file's address is of nobody, its longest answer out of range."""
+    file = tmp_path / "fedmoe.toml"
+    file.write_text('[gateway]\ncoordinator_url = "http://127.0.0.1:1"\ndevice = "cpu"\nmax_new_tokens = 2\n')
+    words = ("gateway", "generate", "hi", "--config", str(file), "--json")
+    assert fedmoe(*words).status == 69
+    assert fedmoe(*words, "--coordinator-url", tiny_server.url).status == 0
+    monkeypatch.setenv("FEDMOE_GATEWAY_COORDINATOR_URL", tiny_server.url)
+    assert fedmoe(*words).status == 0
+    file.write_text("[gateway]\nmax_new_tokens = 5000\n")
+    refused = fedmoe(*words)
+    assert (refused.status, "[gateway] max_new_tokens: Input should be less than" in refused.err) == (1, True)
+    assert fedmoe(*words, "--max-new-tokens", "2").status == 0
+    file.write_text("[gateway]\nmax_new_token = 5\n")
+    assert "did you mean max_new_tokens?" in fedmoe(*words).err
+
+
 def test_an_evaluation_routes_where_two_experts_have_prompt_statistics(
     tiny_server: LiveServer, fedmoe: Run, held_out: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -15,6 +15,7 @@ from pydantic import SecretStr
 from pydantic_settings import BaseSettings
 
 from fedmoe.cli import coordinator, evaluator, main, worker
+from fedmoe.cli.gateway_options import EVALUATE_OPTIONS, GENERATE_OPTIONS, SERVE_OPTIONS
 from fedmoe.cli.options import OptionText, configured
 from fedmoe.config import PROCESSES
 from fedmoe.runtime.config_file import ConfigFileError, toml_kind, variables_of
@@ -23,9 +24,11 @@ OPTIONS: Mapping[str, Mapping[str, OptionText]] = {
     "coordinator": coordinator._OPTIONS,
     "worker": worker._OPTIONS,
     "evaluator": evaluator._OPTIONS,
+    "gateway": {**SERVE_OPTIONS, **EVALUATE_OPTIONS, **GENERATE_OPTIONS},
 }
 REQUIRED: Mapping[str, Mapping[str, str]] = {
     "coordinator": {},
+    "gateway": {},
     "worker": {"coordinator_url": "http://a:1", "worker_id": "w", "specialty": "e", "dataset": "d"},
     "evaluator": {"coordinator_url": "http://a:1", "evaluator_id": "w", "expert": "e", "held_out": "d"},
 }
