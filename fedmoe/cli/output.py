@@ -155,7 +155,7 @@ def show_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[objec
 
     table = Table(title=inert(title), title_justify="left")
     for column in columns:
-        table.add_column(column)
+        table.add_column(column, overflow="fold")  # a name that is cut names nothing
     for row in rows:
         # As text: brackets in a name are no markup.
         table.add_row(*(Text(inert(str(cell), keep="\n")) for cell in row))

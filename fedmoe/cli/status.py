@@ -13,7 +13,7 @@ import typer
 from fedmoe.cli.options import AsJson, with_client
 from fedmoe.cli.output import say, show_json, show_table
 from fedmoe.wire.client import CoordinatorClient
-from fedmoe.wire.contract.status import DiskStatus, ExpertStatus, StatusInfo, WorkerStatus
+from fedmoe.wire.contract.status import DiskStatus, ExpertStatus, PushTotals, StatusInfo, WorkerStatus
 
 _EVENTS = 5
 _WATCH_SECONDS = 2.0
@@ -85,19 +85,7 @@ def _show(info: StatusInfo) -> None:
         ("expert", "version", "workers", "updates/min", "staleness", "loss", "held out", "gain kept"),
         experts,
     )
-    columns = (
-        "worker",
-        "expert",
-        "state",
-        "step",
-        "tokens/s",
-        "to the end",
-        "memory",
-        "heard",
-        "landed",
-        "held",
-        "refused",
-    )
+    columns = ("worker", "expert", "state", "step", "tokens/s", "to the end", "memory", "heard", "pushes")
     show_table("Workers", columns, [_worker(worker, info.at) for worker in info.workers])
     for worker in info.workers:
         if worker.pushes.refusal:
@@ -149,10 +137,13 @@ def _worker(worker: WorkerStatus, now: float) -> tuple[str, ...]:
         _NONE if worker.seconds_left is None else _duration(worker.seconds_left),
         _memory(worker),
         f"{_duration(max(0.0, now - worker.heard_at))} ago",
-        str(worker.pushes.landed),
-        str(worker.pushes.held),
-        str(worker.pushes.refused),
+        _pushes(worker.pushes),
     )
+
+
+def _pushes(pushes: PushTotals) -> str:
+    rest = {"held": pushes.held, "refused": pushes.refused}
+    return ", ".join([f"{pushes.landed} landed", *(f"{count} {what}" for what, count in rest.items() if count)])
 
 
 def _memory(worker: WorkerStatus) -> str:

@@ -81,7 +81,8 @@ function showRun(section, run) {
   parts.recent.textContent = word("recent");
   showWins(parts.wins.firstChild, run);
   showMachine(parts.machine, run.machine);
-  const changes = run.decisions.map((row) => [row.iteration, row.policy || word("whole"), inWords(row.what.replaceAll("_", " ")), [row.before, row.after].filter(Boolean).join(" → "), row.reason]);
+  // A team is named after its policies, A+B: its name may break behind the sign only.
+  const changes = run.decisions.map((row) => [row.iteration, row.policy.replaceAll("+", "+\u200b") || word("whole"), inWords(row.what.replaceAll("_", " ")), [row.before, row.after].filter(Boolean).join(" → "), row.reason]);
   fill(parts.decisions.firstChild, ["iteration", "policy", "what", "change", "reason"].map(word), changes, word("none"));
 }
 
