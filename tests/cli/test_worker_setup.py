@@ -210,6 +210,12 @@ def test_an_adapter_unlike_the_federations_is_refused_before_the_long_work(
     )
 
 
+def test_another_row_length_than_the_coordinators_is_refused(told: Told, tmp_path: Path) -> None:
+    with federation(tmp_path / "coordinator", max_length=512) as house:
+        said = told(1, write_rows(tmp_path / "d.jsonl", *GOOD), "--max-length", "256", url=house.url)
+    assert "max_length: expected 512, got 256. To join, leave out --max-length (the flag" in said
+
+
 def test_changed_data_are_refused_before_the_long_work(
     told: Told, tmp_path: Path, house: Federation, monkeypatch: pytest.MonkeyPatch
 ) -> None:
