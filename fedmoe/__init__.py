@@ -6,18 +6,18 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from fedmoe.python_client import AsyncClient as AsyncClient
-    from fedmoe.python_client import Client as Client
     from fedmoe.runtime.errors import RefusedError as RefusedError
     from fedmoe.wire.answers import CoordinatorUnavailableError as CoordinatorUnavailableError
+    from fedmoe.wire.python_client import AsyncClient as AsyncClient
+    from fedmoe.wire.python_client import Client as Client
     from fedmoe.wire.transport import ConnectionSettingError as ConnectionSettingError
 
 __version__ = "0.1.0"
 
 #: Name -> the module that is loaded for it, once it is asked for.
 _LAZY = {
-    "AsyncClient": "fedmoe.python_client",
-    "Client": "fedmoe.python_client",
+    "AsyncClient": "fedmoe.wire.python_client",
+    "Client": "fedmoe.wire.python_client",
     "ConnectionSettingError": "fedmoe.wire.transport",
     "CoordinatorUnavailableError": "fedmoe.wire.answers",
     "RefusedError": "fedmoe.runtime.errors",

@@ -21,17 +21,15 @@ from pydantic import (
 )
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
-from fedmoe import plug_ins
+from fedmoe.federation import plug_ins
 from fedmoe.lora.codec import WireDtype
 from fedmoe.runtime.config_file import FileSource
 from fedmoe.runtime.urls import usable_blobs, usable_coordinator, usable_database, usable_url
-from fedmoe.wire.contract.messages import MAX_PARAMETERS, ExpertName, StartFrom, WorkerName
+from fedmoe.wire.contract.messages import DEFAULT_PORT, MAX_PARAMETERS, ExpertName, StartFrom, WorkerName
 
 _TOKEN = re.compile(r"[\x21-\x7e]{16,4096}")
 # The commands' own variable, and what Kubernetes announces of a service called fedmoe-coordinator.
 _OF_OTHERS = re.compile(r"^FEDMOE_COORDINATOR_URL$|_SERVICE_(HOST|PORT)|_PORT_\d+_")
-#: The specification's default port.
-DEFAULT_PORT = 5000
 #: Seconds between two pushes of a worker; 5 to 30 are recommended, up to an hour is accepted.
 DEFAULT_SYNC_INTERVAL = 10.0
 MIN_SYNC_INTERVAL = 0.01

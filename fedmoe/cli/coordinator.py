@@ -14,11 +14,12 @@ from pydantic import SecretStr
 
 from fedmoe.cli.options import JOIN_TOKEN, OptionText, configured
 from fedmoe.cli.output import CommandError
-from fedmoe.config import DEFAULT_PORT, CoordinatorConfig
+from fedmoe.config import CoordinatorConfig
 from fedmoe.runtime.addresses import reachable_host
 from fedmoe.runtime.logs import configure, log_uncaught, warn
 from fedmoe.runtime.memory import give_back_freed_memory
 from fedmoe.wire.contract.administration import INVITE, JOIN_LINE_SECONDS
+from fedmoe.wire.contract.messages import DEFAULT_PORT
 
 if TYPE_CHECKING:
     from fedmoe.distributed_coordinator import DistributedCoordinator

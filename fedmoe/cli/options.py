@@ -17,10 +17,11 @@ from pydantic_settings import BaseSettings
 from typer.models import OptionInfo
 
 from fedmoe.cli.output import CommandError, importing
-from fedmoe.config import DEFAULT_PORT, PROCESSES
+from fedmoe.config import PROCESSES
 from fedmoe.runtime.config_file import VARIABLE, FileSource, made, using_file
 from fedmoe.runtime.logs import quiet_retries
 from fedmoe.wire.client import ConnectionSettingError, CoordinatorClient
+from fedmoe.wire.contract.messages import DEFAULT_PORT
 from fedmoe.wire.transport import check_url
 
 if TYPE_CHECKING:

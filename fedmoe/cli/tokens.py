@@ -11,10 +11,10 @@ import typer
 
 from fedmoe.cli.options import AdminToken, AsJson, with_client
 from fedmoe.cli.output import CommandError, say, show, show_json, show_table
-from fedmoe.python_client import whole_hash
 from fedmoe.wire.client import CoordinatorClient
 from fedmoe.wire.contract.administration import INVITE, JOIN_LINE_SECONDS, TokenAnswer, TokenInfo, TokenRequest
 from fedmoe.wire.pin import join_line
+from fedmoe.wire.python_client import whole_hash
 from fedmoe.wire.transport import names_this_machine
 
 app = typer.Typer(help="Make, list and revoke tokens (needs an admin token).", no_args_is_help=True)

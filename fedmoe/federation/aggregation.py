@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from fedmoe import plug_ins
 from fedmoe.experts import GATEWAY_SEED
+from fedmoe.federation import plug_ins
 from fedmoe.federation.online_gateway import OnlineGateway
 from fedmoe.lora.adapter import initial_adapter
 from fedmoe.lora.codec import digest

@@ -21,6 +21,8 @@ from fedmoe.lora.codec import WireDtype
 from fedmoe.lora.manifest import BaseModel as Base
 from fedmoe.lora.manifest import Manifest
 
+#: The port of a coordinator, by the specification.
+DEFAULT_PORT = 5000
 SAFETENSORS = "application/vnd.safetensors"
 PROBLEM = "application/problem+json"
 #: Every answer of a coordinator says in this header which history it is of.

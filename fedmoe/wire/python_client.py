@@ -9,7 +9,6 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial, update_wrapper
 from typing import Concatenate, ParamSpec, Self, TypeVar
 
-from fedmoe.config import DEFAULT_PORT
 from fedmoe.runtime.errors import RefusedError
 from fedmoe.wire.client import CoordinatorClient, PulledExpert, PulledGateway
 from fedmoe.wire.contract.administration import (
@@ -21,7 +20,7 @@ from fedmoe.wire.contract.administration import (
     TokenRequest,
 )
 from fedmoe.wire.contract.experts import ExpertInfo, GatewayInfo, VerdictInfo
-from fedmoe.wire.contract.messages import ChangeResult, FederationInfo, UpdateResult
+from fedmoe.wire.contract.messages import DEFAULT_PORT, ChangeResult, FederationInfo, UpdateResult
 from fedmoe.wire.contract.replicas import ReplicaListing
 from fedmoe.wire.contract.status import EventInfo, StatusInfo, WorkerLog
 from fedmoe.wire.pin import join_line

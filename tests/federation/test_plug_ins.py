@@ -16,12 +16,12 @@ from pydantic import ValidationError
 from structlog.testing import capture_logs
 from support import MANIFEST, make_adapter, make_body, make_flat, make_push
 
-from fedmoe import plug_ins
 from fedmoe.config import CoordinatorConfig
 from fedmoe.coordinator import Aggregation
+from fedmoe.federation import plug_ins
+from fedmoe.federation.plug_ins import PlugInError
 from fedmoe.lora.adapter import Adapter
 from fedmoe.lora.merge import merge
-from fedmoe.plug_ins import PlugInError
 from fedmoe.server.gate.candidates import offered
 
 

@@ -50,12 +50,12 @@ def test_importing_the_package_loads_no_client() -> None:
     code = """
 import sys, fedmoe
 assert "Client" in dir(fedmoe)
-print(sorted(sys.modules.keys() & {"httpx2", "numpy", "pydantic", "fedmoe.python_client"}))
+print(sorted(sys.modules.keys() & {"httpx2", "numpy", "pydantic", "fedmoe.wire.python_client"}))
 fedmoe.Client
-print(sorted(sys.modules.keys() & {"torch", "fastapi", "sqlalchemy", "fedmoe.python_client"}))
+print(sorted(sys.modules.keys() & {"torch", "fastapi", "sqlalchemy", "fedmoe.wire.python_client"}))
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
-    assert done.stdout.splitlines() == ["[]", "['fedmoe.python_client']"]
+    assert done.stdout.splitlines() == ["[]", "['fedmoe.wire.python_client']"]
     with pytest.raises(AttributeError, match="no attribute 'Nobody'"):
         fedmoe.Nobody  # type: ignore[attr-defined]  # noqa: B018
 
