@@ -230,7 +230,7 @@ class DistributedWorker:
         one_step = self._group.flag(seconds <= 0)
         try:
             seconds, steps = (math.inf, 1) if one_step else (seconds, None)
-            self.worker.train_for(seconds, interrupted, self._step_done, steps, self._evaluated)
+            self.worker.train_for(seconds, interrupted, self._step_done, steps, self._evaluated, self._measuring)
         except NonFiniteError as error:
             self._skip_batch(error)
         except (RuntimeError, MemoryError) as failed:
@@ -257,6 +257,10 @@ class DistributedWorker:
     def _evaluated(self, record: EvaluationRecord) -> None:
         if self._report is not None:
             self._report.evaluated(record, self._require_base().version, self.worker.stopped_early)
+
+    def _measuring(self, done: int, total: int) -> None:
+        if self._report is not None:
+            self._report.measuring(done, total)
 
     def _send_if_due(self) -> None:
         if self._delivery is None and self._progress.steps and self._clock() - self._cut_at >= self._interval:

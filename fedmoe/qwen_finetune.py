@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -152,8 +152,13 @@ class QwenLoRAExpert:
         self.step += 1
         return StepRecord(self.step, loss, tokens, norm, rate, time.perf_counter() - started)
 
-    def evaluate(self, blocks: Sequence[Block], batch_size: int) -> EvaluationResult:
-        """The mean loss over `blocks`, in evaluation mode and without gradient; raises ValueError without labels."""
+    def evaluate(
+        self, blocks: Sequence[Block], batch_size: int, progress: Callable[[int, int], None] = lambda done, total: None
+    ) -> EvaluationResult:
+        """The mean loss over `blocks`, in evaluation mode and without gradient; raises ValueError without labels.
+
+        `progress` gets the blocks done so far and their number.
+        """
         sums = np.zeros(len(blocks))
         counts = np.zeros(len(blocks), np.int64)
         self.base.model.eval()
@@ -164,18 +169,21 @@ class QwenLoRAExpert:
                 places = start + rows.cpu().numpy()
                 np.add.at(sums, places, losses.double().cpu().numpy())
                 np.add.at(counts, places, 1)
+                progress(min(start + batch_size, len(blocks)), len(blocks))
         tokens = int(counts.sum())
         if tokens == 0:
             raise ValueError(f"no token of these {len(blocks)} blocks is labelled; there is nothing to evaluate")
         means = [float(total / count) if count else float("nan") for total, count in zip(sums, counts, strict=True)]
         return EvaluationResult(float(sums.sum() / tokens), tokens, tuple(means))
 
-    def evaluate_ranks(self, blocks: Sequence[Block], batch_size: int) -> EvaluationResult:
+    def evaluate_ranks(
+        self, blocks: Sequence[Block], batch_size: int, progress: Callable[[int, int], None] = lambda done, total: None
+    ) -> EvaluationResult:
         """The mean loss over the blocks of all ranks, each with its own or none; `block_losses` are this rank's.
 
         Nothing that training depends on changes: no weight, no gradient, no random state.
         """
-        mine = self.evaluate(blocks, batch_size) if blocks else EvaluationResult(0.0, 0, ())
+        mine = self.evaluate(blocks, batch_size, progress) if blocks else EvaluationResult(0.0, 0, ())
         if self.group.world_size == 1:
             return mine
         sums = torch.tensor([mine.loss * mine.tokens, mine.tokens], dtype=self._sum_dtype, device=self.base.device)

@@ -140,17 +140,19 @@ class QwenWorker:
         on_step: Callable[[StepRecord], None],
         max_steps: int | None = None,
         on_evaluation: Callable[[EvaluationRecord], None] = lambda _: None,
+        on_held_out: Callable[[int, int], None] = lambda done, total: None,
     ) -> IntervalResult:
         """Train until `seconds` are over, `should_stop` says so, `max_steps` are done or the schedule ends.
 
         Whether to go on is asked before each step, so a step is never cut short. `on_step` is called on every rank,
-        and so is `on_evaluation` where a held-out plan asks for a measurement.
+        and so is `on_evaluation` where a held-out plan asks for a measurement; `on_held_out` gets how many of its blocks
+        are done, and of how many.
         NonFiniteError passes through: that batch is used up, weights are unchanged, and training may be resumed.
         """
         started, training = self._clock(), self.expert.training
         steps, tokens, nats, size = 0, 0, 0.0, training.per_device_train_batch_size
         while True:
-            self._evaluate_if_due(should_stop, on_evaluation)
+            self._evaluate_if_due(should_stop, on_evaluation, on_held_out)
             over = self._ended or (max_steps is not None and steps >= max_steps)
             if self._group.flag(over or should_stop() or self._clock() >= started + seconds):
                 break
@@ -259,14 +261,17 @@ class QwenWorker:
         self.sampler.start_anew(saved)
 
     def _evaluate_if_due(
-        self, should_stop: Callable[[], bool], on_evaluation: Callable[[EvaluationRecord], None]
+        self,
+        should_stop: Callable[[], bool],
+        on_evaluation: Callable[[EvaluationRecord], None],
+        on_held_out: Callable[[int, int], None],
     ) -> None:
         plan = self.held_out
         if plan is None or not self._group.flag(self._evaluation_due and not should_stop()):
             return
         started = self._clock()
         mine = plan.blocks[self._group.rank :: self._group.world_size]
-        result = self.expert.evaluate_ranks(mine, self.expert.training.per_device_train_batch_size)
+        result = self.expert.evaluate_ranks(mine, self.expert.training.per_device_train_batch_size, on_held_out)
         self.measured = state = self.measured.after(self.step, result.loss, plan.threshold)
         seconds, history = self._clock() - started, (state.first, state.best, state.worse)
         on_evaluation(EvaluationRecord(self.step, result.loss, result.tokens, seconds, *history))

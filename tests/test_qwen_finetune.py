@@ -188,7 +188,9 @@ def test_float16_lowers_its_scale_until_the_gradient_is_finite() -> None:
 
 def test_evaluation_is_the_mean_over_tokens_and_does_not_depend_on_the_batch_size() -> None:
     expert, five = expert_with(), blocks(5)
-    together, apart = expert.evaluate(five, 2), expert.evaluate(five, 5)
+    progress: list[tuple[int, int]] = []
+    together, apart = expert.evaluate(five, 2, lambda *done: progress.append(done)), expert.evaluate(five, 5)
+    assert progress == [(2, 5), (4, 5), (5, 5)]
     assert together.loss == pytest.approx(apart.loss, rel=1e-6)
     counts = [count_targets(collate([block])) for block in five]
     assert together.tokens == sum(counts)

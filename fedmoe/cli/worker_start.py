@@ -44,6 +44,7 @@ def start_worker(config: WorkerConfig, dry_run: bool = False, as_json: bool = Fa
         plan = worker_plan(config, base, layout, federation.min_sync_interval, _machine(config, gpus, cuda))
         _show(plan, as_json)
     if not dry_run:
+        _log.info("phase", phase="loading PyTorch")
         from fedmoe.cli.worker_setup import run_worker
 
         run_worker(config, chat)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import Literal
@@ -23,7 +24,8 @@ from fedmoe.worker.recovery import WorkerSyncPoint
 
 _log = structlog.get_logger("fedmoe.worker")
 _HELD = "the coordinator keeps it until an administrator decides; training goes on without it and nothing is sent twice"
-Phase = Literal["loading the base model", "preparing data", "statistics of the data", "training"]
+Phase = Literal["loading the base model", "preparing data", "statistics of the data", "held-out loss", "training"]
+_SECONDS_WITHOUT_A_LINE = 5.0
 
 
 class WorkerReport:
@@ -44,6 +46,7 @@ class WorkerReport:
         self._under_way: EvaluationRecord | None = None
         self._statuses: dict[int, str] = {}
         self._notes: set[str] = set()
+        self._line_at = time.monotonic()
 
     def close(self) -> None:
         self._records.close()
@@ -65,10 +68,18 @@ class WorkerReport:
             staleness=self._staleness,
         )
 
+    def measuring(self, done: int, total: int) -> None:
+        """So many held-out blocks of `total` are measured; logged where nothing else was for a while."""
+        now = time.monotonic()
+        if now - self._line_at >= _SECONDS_WITHOUT_A_LINE:
+            self._line_at = now
+            log_phase("held-out loss", done, total)
+
     def evaluated(self, record: EvaluationRecord, version: int, stopped: bool) -> None:
         """The held-out loss of the weights on top of `version`; `stopped` says that it ends the training."""
         self._newest = record
         shown = {"loss": round(record.loss, 4), "first": round(record.first, 4), "best": round(record.best, 4)}
+        self._line_at = time.monotonic()
         _log.info("held_out", step=record.step, **shown, tokens=record.tokens, seconds=round(record.seconds, 2))
         if stopped:
             reason = f"held-out loss not lower {record.worse} times in a row"
@@ -170,9 +181,10 @@ class PhaseLog:
         tenth = 10 * done // total if total else 10
         if tenth > self._logged:
             self._logged = tenth
-            _log.info("phase", phase=self._phase, done=done, total=total)
+            log_phase(self._phase, done, total)
 
 
-def log_phase(phase: Phase, done: int | None = None) -> None:
-    """Log that a phase of unknown length begins, or how much of it is done."""
-    _log.info("phase", phase=phase, **({} if done is None else {"done": done}))
+def log_phase(phase: Phase, done: int | None = None, total: int | None = None) -> None:
+    """Log that a phase begins, or how much of it is done."""
+    numbers = {"done": done, "total": total}
+    _log.info("phase", phase=phase, **{name: number for name, number in numbers.items() if number is not None})

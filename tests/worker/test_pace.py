@@ -58,3 +58,17 @@ def test_a_sync_says_the_step_the_speed_and_the_end(tmp_path: Path, steps: int |
     report.close()
     names = ("step", "steps", "tokens_per_second", "seconds_left")
     assert [{name: line[name] for name in names if name in line} for line in lines] == [told]
+
+
+def test_a_long_measurement_of_the_held_out_loss_says_how_far_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 100.0
+    monkeypatch.setattr("fedmoe.worker.report.time.monotonic", lambda: now)
+    report = WorkerReport(tmp_path, "w1", "law")
+    with capture_logs() as lines:
+        for done in range(1, 5):
+            now += 2.0
+            report.measuring(done, 4)
+    report.close()
+    assert lines == [{"event": "phase", "log_level": "info", "phase": "held-out loss", "done": 3, "total": 4}]
