@@ -145,8 +145,8 @@ class QwenWorker:
         """Train until `seconds` are over, `should_stop` says so, `max_steps` are done or the schedule ends.
 
         Whether to go on is asked before each step, so a step is never cut short. `on_step` is called on every rank,
-        and so is `on_evaluation` where a held-out plan asks for a measurement; `on_held_out` gets how many of its blocks
-        are done, and of how many.
+        and so is `on_evaluation` where a held-out plan asks for a measurement; `on_held_out` gets how many blocks
+        of it are done, and of how many.
         NonFiniteError passes through: that batch is used up, weights are unchanged, and training may be resumed.
         """
         started, training = self._clock(), self.expert.training
