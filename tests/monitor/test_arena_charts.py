@@ -108,7 +108,13 @@ def test_a_missing_kind_of_record_is_no_trouble(kind: str) -> None:
     series = arena_series(without(kind))
     for draw in CHARTS.values():
         assert words(draw(series))
-    CHARTS["comprehensive_dashboard.png"](series).draw_without_rendering()
+
+
+def test_a_dashboard_of_a_run_without_records_is_drawn() -> None:
+    begun = [record for record in sample_records(1, 1) if record["kind"] == "run"]
+    figure = CHARTS["comprehensive_dashboard.png"](arena_series(begun))
+    figure.draw_without_rendering()
+    assert words(figure)
 
 
 @pytest.mark.parametrize(

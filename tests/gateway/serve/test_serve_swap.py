@@ -17,30 +17,31 @@ from serve_house import EXPERTS, Alone, Client, Served, serving
 from fedmoe.gateway.serve.service import Limits
 from fedmoe.inference.batching import sampler, scheduler
 
-REQUESTS, VERSIONS, CLIENTS, TOKENS = 200, 10, 8, 12
+CLIENTS, TOKENS = 8, 12
 
 
-def test_two_hundred_requests_while_ten_versions_arrive(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("requests", "versions"), [(50, 4), pytest.param(200, 10, marks=pytest.mark.slow)])
+def test_requests_while_versions_arrive(tmp_path: Path, requests: int, versions: int) -> None:
     with serving(tmp_path, Limits(64, 64, 64)) as served, served.client() as client:
         done: list[tuple[str, dict[str, object], str]] = []
-        pushing = threading.Thread(target=push_versions, args=(served, done))
+
+        def push_versions() -> None:
+            """One after the other, spread over the requests."""
+            for version in range(versions):
+                while len(done) < version * requests // (versions + 1):
+                    time.sleep(0.002)
+                served.push(EXPERTS[version % 2], 1000 + version)
+
+        pushing = threading.Thread(target=push_versions)
         pushing.start()
         with ThreadPoolExecutor(CLIENTS) as pool:
             # `map` raises what any of them raised: there are no errors.
-            for answer in pool.map(lambda index: ask(client, index), range(REQUESTS)):
+            for answer in pool.map(lambda index: ask(client, index), range(requests)):
                 done.append(answer)
         pushing.join()
-        assert len(done) == REQUESTS
-        assert_not_mixed(served, done)
+        assert len(done) == requests
+        assert_not_mixed(served, done, versions)
         assert_old_versions_go(served)
-
-
-def push_versions(served: Served, done: list[tuple[str, dict[str, object], str]]) -> None:
-    """One after the other, spread over the requests."""
-    for version in range(VERSIONS):
-        while len(done) < version * REQUESTS // (VERSIONS + 1):
-            time.sleep(0.002)
-        served.push(EXPERTS[version % 2], 1000 + version)
 
 
 def ask(client: Client, index: int) -> tuple[str, dict[str, object], str]:
@@ -57,7 +58,7 @@ def ask(client: Client, index: int) -> tuple[str, dict[str, object], str]:
     return prompt, (answer.model_extra or {})["fedmoe"], answer.choices[0].text
 
 
-def assert_not_mixed(served: Served, done: list[tuple[str, dict[str, object], str]]) -> None:
+def assert_not_mixed(served: Served, done: list[tuple[str, dict[str, object], str]], versions: int) -> None:
     """Every text is what the version it names says alone; other versions would have said something else."""
     alone = Alone()
     expected: dict[tuple[str, str], str] = {}
@@ -68,7 +69,7 @@ def assert_not_mixed(served: Served, done: list[tuple[str, dict[str, object], st
             expected[prompt, digest] = alone.text(tokens)
         assert text == expected[prompt, digest]
     used = {digest for _, digest in expected}
-    assert len(used) > VERSIONS, "too few versions were met by a request: the test says little"
+    assert len(used) > versions, "too few versions were met by a request: the test says little"
     for prompt in {prompt for prompt, _ in expected}:
         texts = [text for (asked, _), text in expected.items() if asked == prompt]
         assert len(set(texts)) > len(texts) // 2
