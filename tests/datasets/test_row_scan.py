@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 from builders import write_rows
 
-from fedmoe.datasets.formats.samples import Chat, ChatTurn, Completion, Sample, Text
+from fedmoe.datasets.formats.samples import Chat, Completion, Message, Sample, Text
 from fedmoe.datasets.readers.common import DataError
 from fedmoe.datasets.row_scan import RowOptions, RowScan, check_file
 
-USER_ASSISTANT = (ChatTurn("user", "hi"), ChatTurn("assistant", "ho"))
+USER_ASSISTANT = (Message("user", "hi"), Message("assistant", "ho"))
 TURNS = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]
 
 
@@ -34,7 +34,7 @@ def samples_of(path: Path, *columns: tuple[str, str]) -> tuple[Sample, ...]:
         (
             {"instruction": "add", "input": "1 2", "output": "3", "system": "s"},
             "alpaca",
-            Chat(1, (ChatTurn("system", "s"), ChatTurn("user", "add\n\n1 2"), ChatTurn("assistant", "3"))),
+            Chat(1, (Message("system", "s"), Message("user", "add\n\n1 2"), Message("assistant", "3"))),
         ),
         (
             {"conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "ho"}]},

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from fedmoe.datasets.formats.samples import Chat, ChatTurn, Completion, Text
+from fedmoe.datasets.formats.samples import Chat, Completion, Message, Text
 from fedmoe.datasets.readers.common import DataError
 from fedmoe.datasets.row_scan import RowHashes, held_out_rows, row_hash
 
@@ -18,7 +18,7 @@ def test_a_rows_hash_stays_the_same_in_every_release() -> None:
     """Another hash would move rows that were held out into the training data of a worker that goes on."""
     chat = Chat(
         1,
-        (ChatTurn("user", "hi", extras={"name": "x"}), ChatTurn("assistant", "yo", False)),
+        (Message("user", "hi", extras={"name": "x"}), Message("assistant", "yo", False)),
         ({"f": 1},),
         {"k": 2},
     )
@@ -41,7 +41,7 @@ def test_a_row_stays_on_its_side_when_data_grow_or_move() -> None:
 
 
 def test_equal_rows_are_on_the_same_side_and_what_they_say_counts() -> None:
-    chats = [Chat(n, (ChatTurn("user", f"{n // 2}"), ChatTurn("assistant", "yes")), file=f"{n}") for n in range(200)]
+    chats = [Chat(n, (Message("user", f"{n // 2}"), Message("assistant", "yes")), file=f"{n}") for n in range(200)]
     sides = held_out_rows(np.array([row_hash(chat) for chat in chats], np.uint64), 0.5)
     assert sides[::2].tolist() == sides[1::2].tolist()
     assert 20 < sides[::2].sum() < 80

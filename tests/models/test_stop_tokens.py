@@ -20,7 +20,7 @@ from base_folders import (
 from transformers import GenerationConfig, PreTrainedTokenizerFast
 
 from fedmoe.arena.rollout.chat import ChatCodec
-from fedmoe.datasets.formats.samples import Chat, ChatTurn
+from fedmoe.datasets.formats.samples import Chat, Message
 from fedmoe.datasets.tokens.render import render
 from fedmoe.datasets.tokens.tokenized_sample import MASKED
 from fedmoe.gateway.serve.text import PromptEncoder, TextStream
@@ -72,7 +72,7 @@ def test_the_marks_are_what_stands_behind_an_answer(family: str) -> None:
 @pytest.mark.parametrize("family", sorted(FAMILIES.keys() - {"reasoning"}))
 def test_the_last_token_that_is_learned_ends_an_answer(family: str) -> None:
     tokenizer = tokenizer_of(family)
-    samples = render(Chat(1, (ChatTurn("user", "hi"), ChatTurn("assistant", "yo"))), tokenizer).samples
+    samples = render(Chat(1, (Message("user", "hi"), Message("assistant", "yo"))), tokenizer).samples
     last = [int(sample.labels[sample.labels != MASKED][-1]) for sample in samples]
     assert set(last) <= stop_token_ids(tokenizer, None)
 

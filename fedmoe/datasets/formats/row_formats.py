@@ -10,7 +10,7 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from itertools import takewhile
 
-from fedmoe.datasets.formats.samples import Chat, ChatTurn, Completion, Sample, Text
+from fedmoe.datasets.formats.samples import Chat, Completion, Message, Sample, Text
 from fedmoe.datasets.formats.turns import (
     MEDIA_KEYS,
     TURN_COLUMNS,
@@ -105,7 +105,7 @@ def _completion(row: DataRow) -> Sample:
     _refuse_unwanted(row)
     if isinstance(row.fields["prompt"], list) or isinstance(row.fields["completion"], list):
         asked, answered = (
-            [ChatTurn(role, string(row.fields, key))]
+            [Message(role, string(row.fields, key))]
             if isinstance(row.fields[key], str)
             else [message(item) for item in items(row.fields, key)]
             for key, role in (("prompt", "user"), ("completion", "assistant"))
@@ -123,8 +123,8 @@ def _plain_or_chat(row: DataRow, plain: Completion) -> Sample:
     """
     if all(row.fields.get(key) is None for key in _CHAT_KEYS):
         return plain
-    asked = [ChatTurn("user", plain.prompt)] if plain.prompt.strip() else []
-    return _chat(row, [*asked, ChatTurn("assistant", plain.completion)])
+    asked = [Message("user", plain.prompt)] if plain.prompt.strip() else []
+    return _chat(row, [*asked, Message("assistant", plain.completion)])
 
 
 def _refuse_unwanted(row: DataRow) -> None:
@@ -140,7 +140,7 @@ def _read_mark(value: object) -> bool | None:
     return bool(value) if isinstance(value, (bool, int, float)) and value in (0, 1) else None
 
 
-def _chat(row: DataRow, messages: list[ChatTurn]) -> Chat:
+def _chat(row: DataRow, messages: list[Message]) -> Chat:
     history = history_messages(items(row.fields, "history", may_be_empty=True))
     system, messages = _system(row, messages)
     messages = [*system, *history, *messages]
@@ -157,10 +157,10 @@ def _chat(row: DataRow, messages: list[ChatTurn]) -> Chat:
     return Chat(row.line, tuple(messages), tuple(tool_definition(tool) for tool in tools), variables, row.file)
 
 
-def _system(row: DataRow, messages: list[ChatTurn]) -> tuple[list[ChatTurn], list[ChatTurn]]:
+def _system(row: DataRow, messages: list[Message]) -> tuple[list[Message], list[Message]]:
     """The system prompt, of the row or of its first turn, and the other turns; two different ones are an error."""
     own = [turn for turn in messages[:1] if turn.role in ("system", "developer")]
-    systems = [ChatTurn("system", string(row.fields, key)) for key in _SYSTEM_KEYS if _is_said(row.fields.get(key))]
+    systems = [Message("system", string(row.fields, key)) for key in _SYSTEM_KEYS if _is_said(row.fields.get(key))]
     prompts = {turn.content.strip() for turn in (*own, *systems)} - {""}
     if len(prompts) > 1:
         raise RowError("the row has two different system prompts, in columns or a column and its turns; keep one")
@@ -188,20 +188,20 @@ def _preference(row: DataRow) -> Sample:
         return _chat(row, _joined(_context(fields, []), [message(chosen)]))
     text = string(fields, "chosen")
     if _turn_column(fields):
-        return _chat(row, _joined(_context(fields, []), [ChatTurn("assistant", text)]))
+        return _chat(row, _joined(_context(fields, []), [Message("assistant", text)]))
     if _SPEAKER.match(text):
         return _chat(row, _transcript(text))
     asked = _prompt_key(fields)
     if asked is not None and asked != "prompt":
-        return _chat(row, [_question(fields, asked), ChatTurn("assistant", text)])
+        return _chat(row, [_question(fields, asked), Message("assistant", text)])
     prompt = _shared_beginning(fields, text) if asked is None else string(fields, "prompt", may_be_empty=True)
     completion = text[len(prompt) :] if asked is None else text
     return _plain_or_chat(row, Completion(row.line, prompt, completion, row.file))
 
 
-def _as_context(turn: ChatTurn) -> ChatTurn:
+def _as_context(turn: Message) -> Message:
     """The same turn, not to be learned."""
-    return ChatTurn(turn.role, turn.content, False, turn.extras)
+    return Message(turn.role, turn.content, False, turn.extras)
 
 
 def _turn_column(fields: Mapping[str, object]) -> str | None:
@@ -213,13 +213,13 @@ def _prompt_key(fields: Mapping[str, object]) -> str | None:
     return next((key for key in _PROMPT_KEYS if fields.get(key) is not None), None)
 
 
-def _question(fields: Mapping[str, object], asked: str) -> ChatTurn:
+def _question(fields: Mapping[str, object], asked: str) -> Message:
     question = string(fields, asked)
     about = string(fields, "input", may_be_empty=True) if asked in ("question", "instruction") else ""
-    return ChatTurn("user", f"{question}\n\n{about}" if about.strip() else question)
+    return Message("user", f"{question}\n\n{about}" if about.strip() else question)
 
 
-def _context(fields: Mapping[str, object], answer: list[ChatTurn]) -> list[ChatTurn]:
+def _context(fields: Mapping[str, object], answer: list[Message]) -> list[Message]:
     """The turns before the answer; a question as text is one of them unless the answer begins with its own."""
     if column := _turn_column(fields):
         return [message(item) for item in items(fields, column)]
@@ -228,7 +228,7 @@ def _context(fields: Mapping[str, object], answer: list[ChatTurn]) -> list[ChatT
     return [_question(fields, asked)] if asked and answers_only else []
 
 
-def _joined(context: list[ChatTurn], answer: list[ChatTurn]) -> list[ChatTurn]:
+def _joined(context: list[Message], answer: list[Message]) -> list[Message]:
     """Context, which is not learned, and answer; turns that both of them hold stand once."""
     before = [(turn.role, turn.content) for turn in context]
     after = [(turn.role, turn.content) for turn in answer]
@@ -236,14 +236,14 @@ def _joined(context: list[ChatTurn], answer: list[ChatTurn]) -> list[ChatTurn]:
     return [_as_context(turn) for turn in context[: len(before) - both]] + answer
 
 
-def _transcript(text: str) -> list[ChatTurn]:
+def _transcript(text: str) -> list[Message]:
     parts = _SPEAKER.split(text)[1:]
     speakers, texts = parts[::2], [part.strip() for part in parts[1::2]]
     if speakers[-1] != "Assistant" or not texts[-1]:
         raise RowError("'chosen' does not end with an answer of the assistant")
     # Only the last answer was chosen; earlier ones are what both continuations share.
     return [
-        ChatTurn("user" if speaker == "Human" else "assistant", words, learned=place == len(texts) - 1)
+        Message("user" if speaker == "Human" else "assistant", words, learned=place == len(texts) - 1)
         for place, (speaker, words) in enumerate(zip(speakers, texts, strict=True))
     ]
 
@@ -264,7 +264,7 @@ def _pair_format(name: str, question: str, answer: str, shown: str = "", about: 
         _refuse_unwanted(row)
         contexts = [string(row.fields, key, may_be_empty=True) for key in about]
         asked = "\n\n".join([string(row.fields, question), *(text for text in contexts if text.strip())])
-        return _chat(row, [ChatTurn("user", asked), ChatTurn("assistant", string(row.fields, answer))])
+        return _chat(row, [Message("user", asked), Message("assistant", string(row.fields, answer))])
 
     context = f'"{shown}": "may be empty", ' if shown else ""
     example = f'{{"{question}": "...", {context}"{answer}": "..."}}'

@@ -30,7 +30,7 @@ class Completion:
 
 
 @dataclass(frozen=True, slots=True)
-class ChatTurn:
+class Message:
     """One turn of a conversation.
 
     `learned` is False for an answer that the data set marks as context only. `extras` are further keys for the chat
@@ -51,7 +51,7 @@ class Chat:
     """
 
     line: int
-    messages: tuple[ChatTurn, ...]
+    messages: tuple[Message, ...]
     tools: tuple[Mapping[str, object], ...] = ()
     template_kwargs: Mapping[str, object] = field(default_factory=dict)
     file: str = ""

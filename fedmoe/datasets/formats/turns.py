@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from fedmoe.datasets.formats.samples import ChatTurn
+from fedmoe.datasets.formats.samples import Message
 from fedmoe.datasets.formats.values import RowError, checked_text, mark, some_keys, string
 from fedmoe.datasets.readers.text_rows import decode_json
 
@@ -35,7 +35,7 @@ _USED = frozenset((*_ROLE_KEYS, *_CONTENT_KEYS, *TURN_MARKS, *TEMPLATE_KEYS))
 _PAIRS = (("human", "assistant"), ("user", "assistant"), ("human", "gpt"), ("input", "output"))
 
 
-def message(item: object) -> ChatTurn:
+def message(item: object) -> Message:
     """The message of one turn `{"role": ..., "content": ...}` or `{"from": ..., "value": ...}`, further keys obeyed."""
     if not isinstance(item, Mapping):
         raise RowError(f"a turn must be an object with 'role' and 'content', got {type(item).__name__}")
@@ -54,10 +54,10 @@ def message(item: object) -> ChatTurn:
     must_speak = role == "user" or (role == "assistant" and learned and "tool_calls" not in extras)
     if must_speak and not content.strip():
         raise RowError(f"{_key_of(item, _CONTENT_KEYS)!r} is empty")
-    return ChatTurn(role, content, learned, extras)
+    return Message(role, content, learned, extras)
 
 
-def turns_of(item: object) -> list[ChatTurn]:
+def turns_of(item: object) -> list[Message]:
     """The turns that one item of a conversation holds: one, or a question with its answer."""
     if isinstance(item, Mapping) and is_pair(item):
         return pair_messages(item)
@@ -217,9 +217,9 @@ def _decoded(key: str, text: str) -> object:
         raise RowError(f"{key!r} is not JSON: {error}") from None
 
 
-def history_messages(pairs: Sequence[object]) -> list[ChatTurn]:
+def history_messages(pairs: Sequence[object]) -> list[Message]:
     """Earlier questions with their answers, `[[question, answer], ...]` (LLaMA-Factory's `history`): learned too."""
-    turns: list[ChatTurn] = []
+    turns: list[Message] = []
     for pair in pairs:
         if not isinstance(pair, list) or len(pair) != 2 or not all(isinstance(text, str) for text in pair):
             raise RowError(f"'history' must hold pairs of strings, got {str(pair)[:60]}")
@@ -227,28 +227,28 @@ def history_messages(pairs: Sequence[object]) -> list[ChatTurn]:
     return turns
 
 
-def alternating(texts: Sequence[object]) -> list[ChatTurn]:
+def alternating(texts: Sequence[object]) -> list[Message]:
     """Strings that take turns, the user first (UltraChat's `data`)."""
     if not all(isinstance(text, str) for text in texts):
         raise RowError("a conversation as strings must hold strings only")
     if not all(str(text).strip() for text in texts):
         raise RowError("a turn of a conversation as strings is empty")
-    return [ChatTurn("user" if index % 2 == 0 else "assistant", str(text)) for index, text in enumerate(texts)]
+    return [Message("user" if index % 2 == 0 else "assistant", str(text)) for index, text in enumerate(texts)]
 
 
-def pair_messages(item: Mapping[str, object]) -> list[ChatTurn]:
+def pair_messages(item: Mapping[str, object]) -> list[Message]:
     """A turn that holds a question and its answer, `{"human": ..., "assistant": ...}`, perhaps with a `system`."""
     pair = _pair_of(item)
     if pair is None:
         raise RowError(f"a turn must have 'role' and 'content', got the keys {some_keys(item)}")
     _refuse(item)
     system = string(item, "system", may_be_empty=True)
-    instructions = [ChatTurn("system", system)] if system.strip() else []
+    instructions = [Message("system", system)] if system.strip() else []
     learned = _learned(item, "assistant")
     return [
         *instructions,
-        ChatTurn("user", string(item, pair[0])),
-        ChatTurn("assistant", string(item, pair[1]), learned),
+        Message("user", string(item, pair[0])),
+        Message("assistant", string(item, pair[1]), learned),
     ]
 
 

@@ -16,7 +16,7 @@ from typing import Protocol, cast
 
 import numpy as np
 
-from fedmoe.datasets.formats.samples import Chat, ChatTurn, Completion, Sample, Text
+from fedmoe.datasets.formats.samples import Chat, Completion, Message, Sample, Text
 from fedmoe.datasets.readers.common import DataError
 from fedmoe.datasets.tokens.tokenized_sample import MASKED, RenderResult, TokenizedSample, Tokenizer
 
@@ -159,20 +159,20 @@ def _variants(chat: Chat) -> Iterator[Chat]:
                 yield variant
 
 
-def _thought_apart(message: ChatTurn) -> ChatTurn:
+def _thought_apart(message: Message) -> Message:
     thought, answer = _reasoning(message)
     if not thought or "reasoning_content" in message.extras:
         return message
     return replace(message, content=answer, extras={**message.extras, "reasoning_content": thought})
 
 
-def _without_thought(message: ChatTurn) -> ChatTurn:
+def _without_thought(message: Message) -> Message:
     extras = {key: value for key, value in message.extras.items() if key != "reasoning_content"}
     thought, answer = _reasoning(message)
     return replace(message, content=answer if thought else message.content, extras=extras)
 
 
-def _arguments_as_text(message: ChatTurn) -> ChatTurn:
+def _arguments_as_text(message: Message) -> Message:
     calls = _calls(message)
     texts = [{**call, "function": {**call["function"], "arguments": _json(_arguments(call))}} for call in calls]
     return replace(message, extras={**message.extras, "tool_calls": texts}) if calls else message
@@ -277,7 +277,7 @@ def _unlike(asked: str, header: str) -> str:
     return f"the chat template puts {instead!r} before an answer, which its prompt does not have" if instead else ""
 
 
-def _reasoning(message: ChatTurn) -> tuple[str, str]:
+def _reasoning(message: Message) -> tuple[str, str]:
     """Reasoning and answer of a turn; the reasoning may stand in a key of its own or in the content."""
     own = message.extras.get("reasoning_content")
     if isinstance(own, str):
@@ -286,7 +286,7 @@ def _reasoning(message: ChatTurn) -> tuple[str, str]:
     return (thought.strip().removeprefix(_THINK).strip(), answer.strip()) if ended else ("", message.content)
 
 
-def _check_rendered(message: ChatTurn, rendered: str) -> None:
+def _check_rendered(message: Message, rendered: str) -> None:
     """Calls and answers that the template leaves out would teach an empty answer."""
     calls = _calls(message)
     for name, count in Counter(str(call["function"]["name"]) for call in calls).items():
@@ -318,7 +318,7 @@ def _strings(value: object) -> list[str]:
     return [text for part in parts for text in _strings(part)]
 
 
-def _calls(message: ChatTurn) -> list[dict[str, Mapping[str, object]]]:
+def _calls(message: Message) -> list[dict[str, Mapping[str, object]]]:
     calls = message.extras.get("tool_calls")
     return cast(list[dict[str, Mapping[str, object]]], calls) if isinstance(calls, list) else []
 

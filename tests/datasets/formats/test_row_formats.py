@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from fedmoe.datasets.formats.samples import Chat, ChatTurn, Completion, Sample, Text
+from fedmoe.datasets.formats.samples import Chat, Completion, Message, Sample, Text
 from fedmoe.datasets.row_scan import RowOptions, RowScan, check_file
 
 CALL = {"name": "weather", "arguments": {"city": "Bern"}}
@@ -207,7 +207,7 @@ def shown(sample: Sample) -> str:
             return " | ".join(turns)
 
 
-def turn_shown(message: ChatTurn) -> str:
+def turn_shown(message: Message) -> str:
     said = message.content
     if reasoning := message.extras.get("reasoning_content"):
         said = f"({reasoning}) {said}"

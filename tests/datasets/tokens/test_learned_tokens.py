@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from template_styles import STYLES, Style, tokenizer_of
 from transformers import PreTrainedTokenizerFast
 
-from fedmoe.datasets.formats.samples import Chat, ChatTurn
+from fedmoe.datasets.formats.samples import Chat, Message
 from fedmoe.datasets.tokens.render import TemplateRefusalError, render
 from fedmoe.datasets.tokens.tokenization import tokenize_samples
 from fedmoe.datasets.tokens.tokenized_sample import MASKED, TokenizedSample
@@ -27,7 +27,7 @@ def learned(samples: tuple[TokenizedSample, ...], tokenizer: PreTrainedTokenizer
 
 
 def chat(*contents: str) -> Chat:
-    return Chat(1, tuple(ChatTurn(("user", "assistant")[i % 2], text) for i, text in enumerate(contents)))
+    return Chat(1, tuple(Message(("user", "assistant")[i % 2], text) for i, text in enumerate(contents)))
 
 
 def last(style: Style, answer: str) -> str:
@@ -57,7 +57,7 @@ def test_several_turns(name: str) -> None:
 def test_a_turn_marked_as_context_is_not_learned(name: str) -> None:
     style = STYLES[name]
     turns = list(chat("Why?", "Bad.", "Sure?", "Good.").messages)
-    turns[1] = ChatTurn("assistant", "Bad.", learned=False)
+    turns[1] = Message("assistant", "Bad.", learned=False)
     found = render(Chat(1, tuple(turns)), TOKENIZERS[name])
     assert learned(found.samples, TOKENIZERS[name]) == last(style, "Good.")
 
@@ -66,10 +66,10 @@ def test_a_turn_marked_as_context_is_not_learned(name: str) -> None:
 def test_tool_turns(name: str) -> None:
     style = STYLES[name]
     turns = (
-        ChatTurn("user", "Weather?"),
-        ChatTurn("assistant", "", extras={"tool_calls": [CALL]}),
-        ChatTurn("tool", "12", extras={"tool_call_id": "c00000001"}),
-        ChatTurn("assistant", "12 degrees."),
+        Message("user", "Weather?"),
+        Message("assistant", "", extras={"tool_calls": [CALL]}),
+        Message("tool", "12", extras={"tool_call_id": "c00000001"}),
+        Message("assistant", "12 degrees."),
     )
     found = render(Chat(1, turns), TOKENIZERS[name])
     call = last(style, CALL_TEXT) if name == "thinking" else style.before_each + CALL_TEXT + style.end_of_turn
@@ -77,13 +77,13 @@ def test_tool_turns(name: str) -> None:
 
 
 def test_tool_turns_that_the_template_cannot_render_are_refused() -> None:
-    turns = (ChatTurn("user", "Weather?"), ChatTurn("assistant", "", extras={"tool_calls": [CALL]}))
+    turns = (Message("user", "Weather?"), Message("assistant", "", extras={"tool_calls": [CALL]}))
     with pytest.raises(TemplateRefusalError, match="does not render tool_calls"):
         render(Chat(1, turns), TOKENIZERS["chatml"])
 
 
 def test_a_strict_template_refuses_its_row_alone() -> None:
-    twice = Chat(1, (ChatTurn("system", "S"), *chat("Why?", "So.").messages))
+    twice = Chat(1, (Message("system", "S"), *chat("Why?", "So.").messages))
     found = tokenize_samples([chat("Why?", "So."), twice], TOKENIZERS["brackets"], 99)
     assert [number for number, _ in found.refused] == [1]
     assert "no role system" in found.refused[0][1]
@@ -92,14 +92,14 @@ def test_a_strict_template_refuses_its_row_alone() -> None:
 @pytest.mark.parametrize(
     "answer",
     [
-        ChatTurn("assistant", "So.", extras={"reasoning_content": "Let me think."}),
-        ChatTurn("assistant", "<think>\nLet me think.\n</think>\n\nSo."),
-        ChatTurn("assistant", "Let me think.\n</think>\n\nSo."),
+        Message("assistant", "So.", extras={"reasoning_content": "Let me think."}),
+        Message("assistant", "<think>\nLet me think.\n</think>\n\nSo."),
+        Message("assistant", "Let me think.\n</think>\n\nSo."),
     ],
     ids=["key", "content", "content without its beginning"],
 )
-def test_a_thought_that_the_template_opens_is_learned_with_its_end(answer: ChatTurn) -> None:
-    found = render(Chat(1, (ChatTurn("user", "Why?"), answer)), TOKENIZERS["reasoning"])
+def test_a_thought_that_the_template_opens_is_learned_with_its_end(answer: Message) -> None:
+    found = render(Chat(1, (Message("user", "Why?"), answer)), TOKENIZERS["reasoning"])
     (sample,) = found.samples
     tokenizer = TOKENIZERS["reasoning"]
     assert learned(found.samples, tokenizer) == "Let me think.\n</think>\n\nSo.<|end|>"
@@ -118,8 +118,8 @@ def test_an_answer_without_a_thought_is_learned_as_the_template_renders_it_and_t
 
 
 def test_reasoning_that_the_template_keeps_is_learned() -> None:
-    answer = ChatTurn("assistant", "So.", extras={"reasoning_content": "Let me think."})
-    found = render(Chat(1, (ChatTurn("user", "Why?"), answer)), TOKENIZERS["thinking"])
+    answer = Message("assistant", "So.", extras={"reasoning_content": "Let me think."})
+    found = render(Chat(1, (Message("user", "Why?"), answer)), TOKENIZERS["thinking"])
     assert learned(found.samples, TOKENIZERS["thinking"]) == "<think>\nLet me think.\n</think>\n\nSo.<|im_end|>"
     assert found.notes == ()
 

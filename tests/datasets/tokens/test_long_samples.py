@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_tokenizer import make_tokenizer
 
-from fedmoe.datasets.formats.samples import Chat, ChatTurn, Text
+from fedmoe.datasets.formats.samples import Chat, Message, Text
 from fedmoe.datasets.tokens.tokenization import LONG_ROW_POLICIES, LongRowPolicy, fit, tokenize_samples
 from fedmoe.datasets.tokens.tokenized_sample import MASKED, TokenizedSample
 
@@ -27,7 +27,7 @@ def sample_of(*runs: tuple[int, bool]) -> TokenizedSample:
 
 def chat(*contents: str) -> Chat:
     roles = ("user", "assistant")
-    return Chat(1, tuple(ChatTurn(roles[i % 2], text) for i, text in enumerate(contents)))
+    return Chat(1, tuple(Message(roles[i % 2], text) for i, text in enumerate(contents)))
 
 
 def test_long_text_is_split_without_loss() -> None:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from tiny_tokenizer import CHATML, make_tokenizer
 from transformers import PreTrainedTokenizerFast
 
-from fedmoe.datasets.formats.samples import Chat, ChatTurn, Completion, Sample, Text
+from fedmoe.datasets.formats.samples import Chat, Completion, Message, Sample, Text
 from fedmoe.datasets.readers.common import DataError
 from fedmoe.datasets.tokens.render import TemplateRefusalError, render
 from fedmoe.datasets.tokens.tokenization import tokenize_samples
@@ -44,7 +44,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 
 def chat(*turns: tuple[str, str], line: int = 1) -> Chat:
-    return Chat(line, tuple(ChatTurn(role, content) for role, content in turns))
+    return Chat(line, tuple(Message(role, content) for role, content in turns))
 
 
 def learned_text(sample: TokenizedSample, tokenizer: PreTrainedTokenizerFast) -> str:
@@ -176,19 +176,19 @@ def test_a_start_token_of_the_row_is_not_doubled() -> None:
 
 def test_calls_that_the_template_does_not_render_are_refused(tokenizer: PreTrainedTokenizerFast) -> None:
     call = {"type": "function", "function": {"name": "weather", "arguments": {}}}
-    called = Chat(1, (ChatTurn("user", "U"), ChatTurn("assistant", "", extras={"tool_calls": [call]})))
+    called = Chat(1, (Message("user", "U"), Message("assistant", "", extras={"tool_calls": [call]})))
     with pytest.raises(TemplateRefusalError, match=r"does not render tool_calls .*'weather'"):
         render_sample(called, tokenizer)
     # The name in the question is not the call.
-    named = Chat(1, (ChatTurn("user", "weather?"), ChatTurn("assistant", "", extras={"tool_calls": [call]})))
+    named = Chat(1, (Message("user", "weather?"), Message("assistant", "", extras={"tool_calls": [call]})))
     with pytest.raises(TemplateRefusalError):
         render_sample(named, tokenizer)
 
 
 def test_what_a_template_leaves_out_is_said(tokenizer: PreTrainedTokenizerFast) -> None:
     tool = {"type": "function", "function": {"name": "weather"}}
-    thought = ChatTurn("assistant", "A", extras={"reasoning_content": "because"})
-    notes = render(Chat(1, (ChatTurn("user", "U"), thought), (tool,)), tokenizer).notes
+    thought = Message("assistant", "A", extras={"reasoning_content": "because"})
+    notes = render(Chat(1, (Message("user", "U"), thought), (tool,)), tokenizer).notes
     assert notes == (
         "the chat template does not render tools",
         "the chat template leaves out the reasoning of an answer",
@@ -201,10 +201,10 @@ def test_what_a_template_leaves_out_is_said(tokenizer: PreTrainedTokenizerFast) 
 
 def test_turns_that_are_not_to_be_learned_are_context(tokenizer: PreTrainedTokenizerFast) -> None:
     turns = (
-        ChatTurn("user", "U"),
-        ChatTurn("assistant", "bad", False),
-        ChatTurn("user", "?"),
-        ChatTurn("assistant", "good"),
+        Message("user", "U"),
+        Message("assistant", "bad", False),
+        Message("user", "?"),
+        Message("assistant", "good"),
     )
     (sample,) = render_sample(Chat(1, turns), tokenizer)
     assert learned_text(sample, tokenizer) == "good<|im_end|>"
@@ -213,7 +213,7 @@ def test_turns_that_are_not_to_be_learned_are_context(tokenizer: PreTrainedToken
 
 def test_variables_of_a_row_reach_the_template() -> None:
     tokenizer = make_tokenizer("{% for m in messages %}{{ m['content'] }}{{ mood }}<|im_end|>{% endfor %}")
-    asked = (ChatTurn("user", "U"), ChatTurn("assistant", "A"))
+    asked = (Message("user", "U"), Message("assistant", "A"))
     (sample,) = render_sample(Chat(1, asked, template_kwargs={"mood": "!"}), tokenizer)
     assert learned_text(sample, tokenizer) == "A!<|im_end|>"
     with pytest.raises(TemplateRefusalError, match="may not set"):

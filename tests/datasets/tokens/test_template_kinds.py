@@ -8,7 +8,7 @@ import pytest
 from template_styles import Style, tokenizer_of
 from transformers import PreTrainedTokenizerFast
 
-from fedmoe.datasets.formats.samples import Chat, ChatTurn
+from fedmoe.datasets.formats.samples import Chat, Message
 from fedmoe.datasets.tokens.render import TemplateRefusalError, render
 from fedmoe.datasets.tokens.tokenized_sample import MASKED, RenderResult
 
@@ -65,35 +65,35 @@ def call(name: str = "weather", **arguments: object) -> Mapping[str, object]:
     return {"type": "function", "function": {"name": name, "arguments": arguments}}
 
 
-def thinks(thought: str, said: str, *calls: Mapping[str, object]) -> ChatTurn:
+def thinks(thought: str, said: str, *calls: Mapping[str, object]) -> Message:
     extras: dict[str, object] = {"tool_calls": list(calls)} if calls else {}
-    return ChatTurn("assistant", said, extras={**extras, "reasoning_content": thought} if thought else extras)
+    return Message("assistant", said, extras={**extras, "reasoning_content": thought} if thought else extras)
 
 
-def rendered(template: str, *turns: ChatTurn, tools: tuple[Mapping[str, object], ...] = ()) -> tuple[str, RenderResult]:
+def rendered(template: str, *turns: Message, tools: tuple[Mapping[str, object], ...] = ()) -> tuple[str, RenderResult]:
     """The learned text, the pieces of each sample after a stroke, and the rendering."""
     known = tokenizer(template)
     found = render(Chat(1, turns, tools), known)
     return "|".join(str(known.decode(s.labels[s.labels != MASKED].tolist())) for s in found.samples), found
 
 
-def asked(template: str, *turns: ChatTurn) -> str:
+def asked(template: str, *turns: Message) -> str:
     dicts = [{"role": turn.role, "content": turn.content, **turn.extras} for turn in turns]
     return str(tokenizer(template).apply_chat_template(dicts, tokenize=False, add_generation_prompt=True))
 
 
-WHY = ChatTurn("user", "Why?")
+WHY = Message("user", "Why?")
 
 
-@pytest.mark.parametrize("said", [thinks("R", "So."), ChatTurn("assistant", "<think>\nR\n</think>\n\nSo.")])
-def test_a_thought_is_learned_once_wherever_it_stands(said: ChatTurn) -> None:
+@pytest.mark.parametrize("said", [thinks("R", "So."), Message("assistant", "<think>\nR\n</think>\n\nSo.")])
+def test_a_thought_is_learned_once_wherever_it_stands(said: Message) -> None:
     text, found = rendered(OWN_THOUGHTS, WHY, said)
     assert text == "R\n</think>\n\nSo.<|im_end|>"
     assert found.notes == ()
 
 
 def test_a_thought_stays_in_the_content_where_the_template_knows_no_other_place() -> None:
-    text, found = rendered(AS_JSON, WHY, ChatTurn("assistant", "<think>\nR\n</think>\n\nSo."))
+    text, found = rendered(AS_JSON, WHY, Message("assistant", "<think>\nR\n</think>\n\nSo."))
     assert text == "<think>\nR\n</think>\n\nSo.<|im_end|>"
     assert found.notes == ()
 
@@ -105,13 +105,13 @@ def test_a_prompt_that_closes_the_thought_leaves_it_out_and_that_is_said() -> No
 
 
 def test_a_thought_that_the_prompt_opens_and_the_turn_closes_is_said_without_the_row() -> None:
-    long = ChatTurn("user", "A question of its own " * 9)
-    _, found = rendered(HALF_OPEN, long, ChatTurn("assistant", "So."))
+    long = Message("user", "A question of its own " * 9)
+    _, found = rendered(HALF_OPEN, long, Message("assistant", "So."))
     assert found.notes == ("the chat template begins answered turns otherwise than the prompt for an answer",)
 
 
 def test_an_answer_after_calls_continues_the_prompt_with_their_thoughts() -> None:
-    turns = (WHY, thinks("R1", "", call(city="Bern")), ChatTurn("tool", "12"))
+    turns = (WHY, thinks("R1", "", call(city="Bern")), Message("tool", "12"))
     text, found = rendered(FORGETTING, *turns, thinks("R2", "So."))
     second = "<|thought|>R2<|say|>So.<|im_end|>"
     assert text == '<|thought|>R1<|call|>weather{"city": "Bern"}<|say|><|im_end|>|' + second
@@ -121,8 +121,8 @@ def test_an_answer_after_calls_continues_the_prompt_with_their_thoughts() -> Non
 
 
 def test_a_system_prompt_that_only_the_prompt_has_is_before_every_answer() -> None:
-    turns = (ChatTurn("system", "S!"), WHY, ChatTurn("assistant", "So."), ChatTurn("user", "Sure?"))
-    text, found = rendered(SYSTEM_LAST, *turns, ChatTurn("assistant", "Yes."))
+    turns = (Message("system", "S!"), WHY, Message("assistant", "So."), Message("user", "Sure?"))
+    text, found = rendered(SYSTEM_LAST, *turns, Message("assistant", "Yes."))
     assert text == " So.</s>| Yes.</s>"
     texts = [str(tokenizer(SYSTEM_LAST).decode(sample.input_ids.tolist())) for sample in found.samples]
     assert texts == [asked(SYSTEM_LAST, *turns[:2]) + " So.</s>", asked(SYSTEM_LAST, *turns) + " Yes.</s>"]
@@ -161,10 +161,10 @@ def test_tools_that_only_a_call_names_are_said_to_be_missing() -> None:
 
 def test_an_indentation_that_the_template_cuts_is_said() -> None:
     trimming = AS_JSON.replace("m.content }}", "m.content | trim }}")
-    text, found = rendered(trimming, WHY, ChatTurn("assistant", "    return x\n"))
+    text, found = rendered(trimming, WHY, Message("assistant", "    return x\n"))
     assert text == "return x<|im_end|>"
     assert found.notes == ("the chat template cuts the white space before an answer",)
-    assert rendered(trimming, WHY, ChatTurn("assistant", "return x\n"))[1].notes == ()
+    assert rendered(trimming, WHY, Message("assistant", "return x\n"))[1].notes == ()
 
 
 def test_an_answer_after_an_answer_is_learned_once() -> None:
@@ -173,6 +173,6 @@ def test_an_answer_after_an_answer_is_learned_once() -> None:
         "{% if not again %}<|im_start|>{{ m.role }}\n{% endif %}{{ m.content }}"
         "{% if loop.last or messages[loop.index0 + 1].role != m.role %}<|im_end|>\n{% endif %}{% endfor %}" + _ASK
     )
-    text, found = rendered(merging, WHY, ChatTurn("assistant", "One. "), ChatTurn("assistant", "Two."))
+    text, found = rendered(merging, WHY, Message("assistant", "One. "), Message("assistant", "Two."))
     assert text == "One. <|im_end|>|Two.<|im_end|>"
     assert len(found.notes) == 1
