@@ -144,8 +144,10 @@ def _assert_a_second_start_is_refused(worker: WorkerProcess) -> None:
     second.join(40)
     told, worker.log = worker.log.read_text(), log
     assert second.exitcode == 1
-    assert told.startswith(f"error: {worker.state_dir} is in use by the worker with process id ")
-    assert told.count("\n") == 1
+    plan, _, problem = told.partition("error: ")
+    assert plan.startswith("plan: ")
+    assert problem.startswith(f"{worker.state_dir} is in use by the worker with process id ")
+    assert problem.count("\n") == 1
 
 
 def test_a_coordinator_that_is_away_for_a_while_only_delays(
