@@ -29,10 +29,10 @@ def serve(config: GatewayConfig) -> None:
     check_tls(config.tls_cert, config.tls_key)
     configure()
     log_uncaught()
-    structlog.get_logger("fedmoe.serve").info("starting", backend=config.backend)
     chat = template_of(config.chat_template, config.chat_template_kwargs)
     file = Path(config.api_keys) if config.api_keys is not None else None
     keys, loopback = _keys(config.host, file, config.insecure)
+    structlog.get_logger("fedmoe.serve").info("starting", backend=config.backend)
     with importing("worker"):
         from fedmoe.gateway.serve import app as process
         from fedmoe.gateway.serve.service import Limits
