@@ -14,8 +14,6 @@ from fedmoe.cli.arena_watch import follow
 from fedmoe.cli.output import CommandError
 from fedmoe.monitor.sample_records import sample_records
 
-Captured = pytest.CaptureFixture[str]
-
 #: With the signal of Ctrl-C as a terminal's process has it, whoever runs the tests.
 RUN = """
 import signal, sys
