@@ -41,7 +41,7 @@ app = typer.Typer(help="Look at the gateway, save it, export it, try it.", no_ar
 @with_client()
 def info(api: CoordinatorClient, as_json: AsJson = False) -> None:
     """Print the gateway's version, sources and shapes."""
-    _show_info(api.gateway_info(), as_json)
+    _show_info(api.gateway_info(merged=True), as_json)
 
 
 def _show_info(gateway: GatewayInfo, as_json: bool) -> None:
@@ -51,6 +51,7 @@ def _show_info(gateway: GatewayInfo, as_json: bool) -> None:
     sources = ", ".join(f"{name} v{v} (weight {gateway.weights[name]:.3g})" for name, v in gateway.sources.items())
     scale = f" x{gateway.scale:.3g}" if gateway.scale != 1 else ""
     say(f"gateway version {gateway.version}, {gateway.strategy}{scale} of {sources or 'no expert yet'}")
+    assert gateway.digest is not None, "asked for with what a merge tells"
     say(f"  rank {gateway.rank}, {gateway.modules} modules, {gateway.parameters:,} parameters")
     say(f"  lora_A {gateway.lora_A_shape}, lora_B {gateway.lora_B_shape}")
     say(f"  truncation error {gateway.truncation_error:.2e}, digest {gateway.digest}")
@@ -172,4 +173,4 @@ def get_gateway_model(
             with reserved_output(as_json):
                 _save(api, save_gateway)
         if not list_experts and save_gateway is None:
-            _show_info(api.gateway_info(), as_json)
+            _show_info(api.gateway_info(merged=True), as_json)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fedmoe.lora.adapter import Adapter, Float64Array, FloatMatrix, Layout, ShapeError
+from fedmoe.lora.adapter import Adapter, Float64Array, FloatMatrix, Layout, ModuleShape, ShapeError
 
 # Below this share of the largest eigenvalue a direction is rounding noise of the float64 Gram matrix.
 _RELATIVE_FLOOR = 1e-15
@@ -43,7 +43,9 @@ def baked(adapter: Adapter) -> Adapter:
 def stack(terms: Sequence[tuple[float, Adapter]]) -> Adapter:
     """The exact weighted sum of products, sum_k w_k dW_k, as one adapter of rank sum_k r_k with scale 1.
 
-    `[w_1 s_1 B_1 ... w_K s_K B_K] @ [A_1; ...; A_K]`; all adapters must adapt the same modules.
+    `[w_1 s_1 B_1 ... w_K s_K B_K] @ [A_1; ...; A_K]`; all adapters must adapt the same modules. Beyond the full rank of
+    the largest module factors would only take room: then every product is summed up in float64 and is one factor
+    itself, the identity the other.
     """
     if not terms:
         raise ShapeError("there is nothing to stack: at least one adapter is needed")
@@ -51,10 +53,16 @@ def stack(terms: Sequence[tuple[float, Adapter]]) -> Adapter:
     for _, adapter in terms:
         if adapter.layout.modules != modules:
             raise ShapeError("adapters with different modules cannot be stacked; they need one base and target_modules")
-    layout = Layout(modules, sum(adapter.rank for _, adapter in terms))
-    flat = np.empty(layout.size, np.float32)
     scales = [_single(weight * adapter.scale) for weight, adapter in terms]
+    total = sum(adapter.rank for _, adapter in terms)
+    layout = Layout(modules, exact_rank([adapter for _, adapter in terms]))
+    flat = np.empty(layout.size, np.float32)
     for module, a, b in layout.factors(flat):
+        if layout.rank < total:
+            factors = [adapter.module(module.name) for _, adapter in terms]
+            wide = [scale * b_k.astype(np.float64) for scale, (_, b_k) in zip(scales, factors, strict=True)]
+            fill_with_product(a, b, np.vstack([a_k for a_k, _ in factors]).astype(np.float64), np.hstack(wide))
+            continue
         row = 0
         for scale, (_, adapter) in zip(scales, terms, strict=True):
             a_k, b_k = adapter.module(module.name)
@@ -63,6 +71,27 @@ def stack(terms: Sequence[tuple[float, Adapter]]) -> Adapter:
             np.multiply(b_k, scale, out=b[:, rows])
             row += adapter.rank
     return Adapter(layout, float(layout.rank), flat)
+
+
+def exact_rank(adapters: Sequence[Adapter]) -> int:
+    """A rank at which a sum of their products is exact: the sum of ranks, or what the largest module can have at most.
+
+    It is never below the rank of one of them.
+    """
+    full = max(min(module.in_features, module.out_features) for module in adapters[0].layout.modules)
+    ranks = [adapter.rank for adapter in adapters]
+    return min(sum(ranks), max(full, *ranks))
+
+
+def fill_with_product(a: FloatMatrix, b: FloatMatrix, wide_a: Float64Array, wide_b: Float64Array) -> None:
+    """Write factors of wide_b @ wide_a into `a` (r, n) and `b` (m, r), r >= min(m, n): the product and the identity."""
+    product = wide_b @ wide_a
+    a[...], b[...] = 0.0, 0.0
+    outputs, inputs = product.shape
+    if outputs <= inputs:
+        a[:outputs], b[:, :outputs] = product, np.eye(outputs)
+    else:
+        a[:inputs], b[:, :inputs] = np.eye(inputs), product
 
 
 @dataclass(frozen=True, slots=True)

@@ -83,6 +83,36 @@ def _strategy(name: str) -> MergeStrategy:
     return strategies[name]
 
 
+@dataclass(frozen=True, slots=True)
+class MergePlan:
+    """How a merge will be made: the strategy that is used, each expert's weight in name order, the scale, and notes."""
+
+    strategy: str
+    weights: Mapping[str, float]
+    scale: float
+    notes: tuple[str, ...]
+
+
+def plan_merge(
+    experts: Mapping[str, Adapter],
+    strategy: str = "weighted_average",
+    *,
+    scale: float | None = None,
+    tokens: Mapping[str, int] | None = None,
+    without_moments: str | None = None,
+) -> MergePlan:
+    """What `merge` decides before it computes; `tokens` are those of the input moments there are, by expert."""
+    tokens = tokens or {}
+    used, notes = _strategy_in_reach(strategy, experts, tokens, without_moments)
+    if not experts:
+        raise ValueError("there is no expert to merge yet; a worker has to register one first")
+    ordered = {name: experts[name] for name in sorted(experts)}
+    weights = _strategy(used).weights(ordered)
+    if used in STRATEGIES_WITH_MOMENTS:
+        notes += thin_notes({name: tokens[name] for name in ordered})
+    return MergePlan(used, weights, _scale(used, scale if used == strategy else None, len(weights)), notes)
+
+
 def merge(
     experts: Mapping[str, Adapter],
     strategy: str = "weighted_average",
@@ -95,34 +125,31 @@ def merge(
 ) -> MergeResult:
     """Merge experts exactly in the product, scale * sum_k w_k s_k B_k A_k, or by `regmean`; cut only if asked.
 
-    The result has the sum of ranks; or `rank`; or with `energy` in (0, 1] the smallest rank that keeps this share of
-    every module, at most `rank` (64 if not given). `scale` is for `scaled` and `regmean`. `without_moments` names the
-    strategy to take where `regmean` lacks the moments of an expert, which is an error otherwise.
+    The result has the sum of ranks, or the full rank of the largest module where that is smaller; or `rank`; or with
+    `energy` in (0, 1] the smallest rank that keeps this share of every module, at most `rank` (64 if not given).
+    `scale` is for `scaled` and `regmean`. `without_moments` names the strategy to take where `regmean` lacks the
+    moments of an expert, which is an error otherwise.
     The order of `experts` does not matter: sources are taken in name order, so the bytes are the same.
     """
-    used, notes = _strategy_in_reach(strategy, experts, moments or {}, without_moments)
-    if not experts:
-        raise ValueError("there is no expert to merge yet; a worker has to register one first")
-    ordered = {name: experts[name] for name in sorted(experts)}
-    planned = _strategy(used).weights(ordered)
     if rank is not None and rank < 1:
         raise ShapeError(f"the gateway's rank must be at least 1, got {rank}")
-    factor = _scale(used, scale if used == strategy else None, len(planned))
-    if used in STRATEGIES_WITH_MOMENTS:
-        assert moments is not None
-        notes += thin_notes({name: moments[name].tokens for name in ordered})
-        result = regmean(ordered, moments, factor, weights=planned, rank=rank, energy=energy)
+    moments = moments or {}
+    tokens = {name: of_expert.tokens for name, of_expert in moments.items()}
+    plan = plan_merge(experts, strategy, scale=scale, tokens=tokens, without_moments=without_moments)
+    if plan.strategy in STRATEGIES_WITH_MOMENTS:
+        result = regmean(experts, moments, plan.scale, weights=plan.weights, rank=rank, energy=energy)
     else:
-        result = _cut(stack([(factor * weight, ordered[name]) for name, weight in planned.items()]), rank, energy)
-    return MergeResult(result.adapter, planned, result.truncation_error, used, factor, notes)
+        terms = [(plan.scale * weight, experts[name]) for name, weight in plan.weights.items()]
+        result = _cut(stack(terms), rank, energy)
+    return MergeResult(result.adapter, plan.weights, result.truncation_error, plan.strategy, plan.scale, plan.notes)
 
 
 def _strategy_in_reach(
-    strategy: str, experts: Mapping[str, Adapter], moments: Mapping[str, InputMoments], otherwise: str | None
+    strategy: str, experts: Mapping[str, Adapter], tokens: Mapping[str, int], otherwise: str | None
 ) -> tuple[str, tuple[str, ...]]:
     """The strategy asked for, or where moments are missing the one named for that case, with a note."""
     _strategy(strategy)
-    missing = sorted(experts.keys() - moments.keys())
+    missing = sorted(experts.keys() - tokens.keys())
     if strategy not in STRATEGIES_WITH_MOMENTS or not missing:
         return strategy, ()
     if otherwise is None:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 import numpy as np
 
@@ -127,7 +127,7 @@ class Gram:
     @cached_property
     def full_diagonal(self) -> Float64Array:
         """The diagonal of the whole matrix, (n,)."""
-        squares: Float64Array = np.square(self.factor).sum(axis=1)
+        squares: Float64Array = np.einsum("ij,ij->i", self.factor, self.factor)
         return squares + self.diagonal
 
     def dense(self) -> Float64Array:
@@ -173,7 +173,10 @@ def pad_thin_grams(grams: Sequence[Gram], tokens: Sequence[int]) -> list[Gram]:
 
 def sum_of_grams(terms: Sequence[tuple[float, Gram]]) -> Gram:
     """sum_i w_i G_i for weights w_i >= 0; the factors are laid side by side."""
-    factor = np.hstack([np.sqrt(weight) * gram.factor for weight, gram in terms])
+    ends = np.cumsum([gram.factor.shape[1] for _, gram in terms])
+    factor = np.empty((terms[0][1].features, ends[-1]))
+    for end, (weight, gram) in zip(ends, terms, strict=True):
+        np.multiply(gram.factor, np.sqrt(weight), out=factor[:, end - gram.factor.shape[1] : end])
     return Gram(factor, np.sum([weight * gram.diagonal for weight, gram in terms], axis=0))
 
 
@@ -217,9 +220,9 @@ class InputMoments:
         whole = [name for name, alike in group.items() if alike.columns == alike.features]
         if whole:
             group = {whole[0]: group[whole[0]]}
-        tests = [omega(self.seed, name, alike.features, alike.columns) for name, alike in group.items()]
+        tests = tuple((name, alike.features, alike.columns) for name, alike in group.items())
         sketches = np.hstack([alike.sketch for alike in group.values()])
-        return nystrom(self.modules[module].diagonal, sketches, np.hstack(tests))
+        return nystrom(self.modules[module].diagonal, sketches, _omega_basis(self.seed, tests))
 
     def to_bytes(self) -> bytes:
         """As safetensors: `<module>.diagonal` and `<module>.sketch`; tokens and seed are in the metadata."""
@@ -245,28 +248,55 @@ class InputMoments:
         return cls(modules, tokens, seed)
 
 
-def nystrom(diagonal: FloatVector, sketch: FloatMatrix, test: FloatMatrix) -> Gram:
+@dataclass(frozen=True, eq=False)
+class OmegaBasis:
+    """Omega made orthonormal: `basis` = Omega @ `mix` (n, c), without directions that are rounding."""
+
+    basis: Float64Array
+    mix: Float64Array
+
+    @classmethod
+    def of(cls, test: FloatMatrix) -> OmegaBasis:
+        wide = test.astype(np.float64)
+        sizes, mix = np.linalg.eigh(wide.T @ wide)
+        sound = sizes > _SOUND * sizes[-1]
+        mix = mix[:, sound] / np.sqrt(sizes[sound])
+        return cls(wide @ mix, mix)
+
+
+@lru_cache(maxsize=1)
+def _omega_basis(seed: int, tests: tuple[tuple[str, int, int], ...]) -> OmegaBasis:
+    """The basis of modules by name, features and columns: one for all experts, whose moments of them come in a row."""
+    return OmegaBasis.of(np.hstack([omega(seed, *test) for test in tests]))
+
+
+def nystrom(diagonal: FloatVector, sketch: FloatMatrix, test: OmegaBasis) -> Gram:
     """PSD G from its diagonal, Y = G Omega and Omega: Nystrom's Y (Omega' Y)^+ Y' plus what the diagonal has beyond it.
 
     Stable with the shift of Tropp, Yurtsever, Udell and Cevher 2017 (Algorithm 3).
     """
-    wide = test.astype(np.float64)
-    sizes, mix = np.linalg.eigh(wide.T @ wide)
-    sound = sizes > _SOUND * sizes[-1]
-    mix = mix[:, sound] / np.sqrt(sizes[sound])
-    basis, y = wide @ mix, sketch.astype(np.float64) @ mix
+    y = sketch.astype(np.float64) @ test.mix
     shift = float(np.finfo(np.float32).eps) * float(np.linalg.norm(y))
-    y += shift * basis
-    core = basis.T @ y
-    values, vectors = np.linalg.eigh((core + core.T) / 2)
-    real = values > shift
-    left = y @ (vectors[:, real] / np.sqrt(values[real]))
+    y += shift * test.basis
+    left = _left_factor(y, test.basis.T @ y, shift)
     # Its singular values squared, less the shift, are the eigenvalues; what does not exceed the shift is rounding.
     squares, turned = np.linalg.eigh(left.T @ left)
     real = squares > shift
     factor = left @ (turned[:, real] * np.sqrt((squares[real] - shift) / squares[real]))
     remainder = diagonal.astype(np.float64) - np.einsum("ij,ij->i", factor, factor)
     return Gram(factor, np.clip(remainder, 0.0, None))
+
+
+def _left_factor(y: Float64Array, core: Float64Array, shift: float) -> Float64Array:
+    """L with L L' = Y core^+ Y', of the core's eigenvalues above `shift`; by Cholesky where all of them are."""
+    core = (core + core.T) / 2
+    try:
+        np.linalg.cholesky(core - shift * np.eye(len(core)))
+        return np.asarray(y @ np.linalg.inv(np.linalg.cholesky(core)).T, np.float64)
+    except np.linalg.LinAlgError:
+        values, vectors = np.linalg.eigh(core)
+        real = values > shift
+        return np.asarray(y @ (vectors[:, real] / np.sqrt(values[real])), np.float64)
 
 
 def merge_moments(parts: Sequence[InputMoments]) -> InputMoments:

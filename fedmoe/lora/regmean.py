@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from fedmoe.lora.adapter import Adapter, Float64Array, FloatMatrix, ModuleShape, ShapeError
-from fedmoe.lora.algebra import TruncatedAdapter, rank_for
+from fedmoe.lora.algebra import TruncatedAdapter, exact_rank, fill_with_product, rank_for
 from fedmoe.lora.moments import Gram, InputMoments, pad_thin_grams, sum_of_grams
 
 Factors64 = tuple[Float64Array, Float64Array]
@@ -52,8 +52,8 @@ class _Plan:
 
     @property
     def rank(self) -> int:
-        """The rank at which nothing is cut."""
-        return sum(adapter.rank for adapter in self.experts)
+        """The sum of ranks, or the full rank of the largest module where that is smaller: there nothing is cut."""
+        return exact_rank(self.experts)
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,8 +85,8 @@ def regmean(
     """The experts merged in the metric of their own inputs; one expert alone comes back as it is.
 
     `scale` multiplies the result (1.3 for several experts if not given), `weights` say how much each expert's inputs
-    count. The rank is the sum of ranks, or `rank`, or with `energy` the smallest that keeps this share in every module,
-    at most `rank` (64 if not given).
+    count. The rank is the sum of ranks (or the full rank of the largest module), or `rank`, or with `energy` the
+    smallest that keeps this share in every module, at most `rank` (64 if not given).
     The truncation error is relative and in the metric of M, that is of outputs. Raises `ValueError` for experts without
     moments and `ShapeError` for adapters or moments of other modules.
     """
@@ -226,7 +226,10 @@ def _uncut(plan: _Plan) -> Adapter:
     views = {module.name: (a, b) for module, a, b in layout.factors(flat)}
     for name, solution in _solutions(plan):
         a, b = views[name]
-        a[...], b[...] = solution.a, solution.b
+        if len(solution.a) > len(a):
+            fill_with_product(a, b, solution.a, solution.b)
+        else:
+            a[...], b[...] = solution.a, solution.b
     return result
 
 

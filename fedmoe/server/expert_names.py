@@ -7,11 +7,12 @@ from dataclasses import replace
 from types import MappingProxyType
 from typing import Any, TypeVar
 
-from fedmoe.coordinator import GatewayModel
+from fedmoe.coordinator import GatewayPlan
 from fedmoe.experts import ExpertModel, first_name
 from fedmoe.server.access.security import Principal
 
 Value = TypeVar("Value")
+_Plan = TypeVar("_Plan", bound=GatewayPlan)
 
 
 def resolve_expert(experts: Mapping[str, ExpertModel], principal: Principal, name: str) -> str:
@@ -41,7 +42,7 @@ def by_title(values: Mapping[str, Value], experts: Mapping[str, ExpertModel]) ->
     return dict(sorted(titles.items()))
 
 
-def gateway_by_title(gateway: GatewayModel, experts: Mapping[str, ExpertModel]) -> GatewayModel:
+def gateway_by_title(gateway: _Plan, experts: Mapping[str, ExpertModel]) -> _Plan:
     """The gateway with its experts' newest names; the same object where none was renamed."""
     if not any(expert.names for expert in experts.values()):
         return gateway

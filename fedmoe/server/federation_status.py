@@ -135,7 +135,7 @@ def _expert(service: CoordinatorService, expert: ExpertModel, now: float) -> Exp
 def _gateway(service: CoordinatorService) -> GatewayStatus | None:
     if not (service.coordinator.aggregation.enable_gateway and service.coordinator.active and service.has_gateway):
         return None
-    gateway = service.listed_gateway()
+    gateway = service.gateway_plan()
     return GatewayStatus(version=gateway.version, strategy=gateway.strategy, sources=dict(gateway.sources))
 
 

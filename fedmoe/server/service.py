@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from typing import TypeVar
 
 import structlog
 
 from fedmoe import __version__
-from fedmoe.coordinator import CentralCoordinator, GatewayModel, Transaction
+from fedmoe.coordinator import CentralCoordinator, GatewayModel, GatewayPlan, Transaction
 from fedmoe.experts import ExpertModel, Registrant, first_name
 from fedmoe.federation.events import GatewayMerged, HeldUpdateRejected, QuarantineEvent
 from fedmoe.lora.codec import WIRE_DTYPES
@@ -42,13 +42,11 @@ from fedmoe.server.upkeep.retention import Retention
 from fedmoe.server.upkeep.undo import Undo
 from fedmoe.wire.contract.messages import FederationInfo, ManifestMessage, RegisterRequest, StatisticRequest
 
+_Plan = TypeVar("_Plan", bound=GatewayPlan)
+
 _log = structlog.get_logger("fedmoe.coordinator")
 
 _THREADS = 4
-# A gateway of more experts than this is not built while a list waits for it.
-_MANY = 32
-# After such a build the next one waits so many times as long as it took.
-_REST = 20.0
 # Who calls the service itself, without a request.
 _OPERATOR = Principal("admin")
 
@@ -112,7 +110,6 @@ class CoordinatorService:
         #: How long the newest gateway took; None before the first one.
         self.gateway_build_seconds: float | None = None
         self._noted: tuple[str, ...] = ()
-        self._build_again = 0.0
 
     def keep_below(self, most: int, blobs: BlobStore) -> None:
         """Keep at most so many bytes of updates, from `start` on: the oldest are deleted."""
@@ -186,14 +183,14 @@ class CoordinatorService:
         return self.evaluation_gate is None or self.evaluation_gate.has_published
 
     def gateway(self) -> GatewayModel:
-        """The published gateway, or without a gate the newest; logs where it was not made as the options say."""
+        """The published gateway with its weights, or without a gate the newest, which is merged now."""
         gateway = self._newest_gateway() if self.evaluation_gate is None else self.evaluation_gate.published()
-        gateway = self._shown(gateway)
-        if gateway.notes != self._noted:
-            for note in gateway.notes:
-                _log.warning("gateway", version=gateway.version, strategy=gateway.strategy, note=note)
-            self._noted = gateway.notes
-        return gateway
+        return self._shown(gateway)
+
+    def gateway_plan(self) -> GatewayPlan:
+        """What the published gateway is made of, or without a gate the newest; nothing is merged for it."""
+        gate = self.evaluation_gate
+        return self._shown(self.coordinator.gateway_plan() if gate is None else gate.published())
 
     def _newest_gateway(self) -> GatewayModel:
         before, began = self.coordinator.built, time.monotonic()
@@ -202,30 +199,18 @@ class CoordinatorService:
             self.gateway_build_seconds = time.monotonic() - began
         return gateway
 
-    def _shown(self, gateway: GatewayModel) -> GatewayModel:
-        """The gateway with the digests of its sources, under its experts' newest names."""
+    def _shown(self, gateway: _Plan) -> _Plan:
+        """The gateway with the digests of its sources, under its experts' newest names.
+
+        Logs where it is not made as the options say.
+        """
+        if gateway.notes != self._noted:
+            for note in gateway.notes:
+                _log.warning("gateway", version=gateway.version, strategy=gateway.strategy, note=note)
+            self._noted = gateway.notes
         if gateway.sources and not gateway.source_digests:
             gateway = replace(gateway, source_digests=self.current.digests(gateway.sources))
         return gateway_by_title(gateway, self.coordinator.experts)
-
-    def listed_gateway(self) -> GatewayModel:
-        """The gateway for a list: of many experts the one built last, while the newest is built in the background."""
-        built = self.coordinator.built
-        if self.evaluation_gate is not None or built is None or len(built.sources) <= _MANY:
-            return self.gateway()
-        if built.version != self.coordinator.gateway_version and time.monotonic() >= self._build_again:
-            self._build_again = math.inf  # one at a time
-            self._pool.submit(self._build)
-        return self._shown(built)
-
-    def _build(self) -> None:
-        """Build the newest gateway for lists, and leave the processor to others for a while."""
-        began = time.monotonic()
-        try:
-            self.gateway()
-        finally:
-            ended = time.monotonic()
-            self._build_again = ended + _REST * (ended - began)
 
     async def add_statistic(self, request: StatisticRequest) -> None:
         """Keep a statistic that a worker reports."""

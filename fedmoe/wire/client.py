@@ -167,9 +167,10 @@ class CoordinatorClient:
     def _listing(self, params: dict[str, bool | str]) -> experts.ExpertListing:
         return parsed(self._retried("GET", "/list_experts", _LISTING, params=params), experts.ExpertListing)
 
-    def gateway_info(self) -> experts.GatewayInfo:
-        """The gateway without its weights."""
-        return parsed(self._retried("GET", "/get_gateway_info"), experts.GatewayInfo)
+    def gateway_info(self, merged: bool = False) -> experts.GatewayInfo:
+        """The gateway without its weights; with `merged` also what only a merge tells, such as rank and digest."""
+        params: dict[str, bool | str] = {"merged": True} if merged else {}
+        return parsed(self._retried("GET", "/get_gateway_info", params=params), experts.GatewayInfo)
 
     def register(
         self, expert: str, worker: str, manifest: Manifest, start_from: messages.StartFrom | None = None

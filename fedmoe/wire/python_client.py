@@ -123,7 +123,7 @@ class Client:
 
     def gateway(self) -> GatewayInfo:
         """The gateway's version, sources and shapes."""
-        return self._api.gateway_info()
+        return self._api.gateway_info(merged=True)
 
     def gateway_weights(self) -> PulledGateway:
         """The newest gateway: `adapter` has its factors as float32 arrays, as an expert's has."""

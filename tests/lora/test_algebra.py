@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from lora_cases import adapters, alphas, bulk, dense, dense_sum, distance, laws, norm, random_adapter, seeds
 
 from fedmoe.lora.adapter import Adapter, Layout, ModuleShape, ShapeError
-from fedmoe.lora.algebra import baked, product_norm, recompress, scaled, stack
+from fedmoe.lora.algebra import baked, exact_rank, product_norm, recompress, scaled, stack
 
 MODULES = (ModuleShape("tall", 5, 40), ModuleShape("wide", 33, 6), ModuleShape("square", 16, 16))
 
@@ -24,10 +24,20 @@ def test_a_stack_is_the_weighted_sum_of_the_dense_products(data: st.DataObject, 
     first = data.draw(adapters())
     terms = [(weight, data.draw(adapters(first.layout.modules))) for weight in weights]
     stacked = stack(terms)
-    assert stacked.rank == sum(adapter.rank for _, adapter in terms)
+    assert stacked.rank == exact_rank([adapter for _, adapter in terms])
     assert stacked.scale == 1
     size = sum(abs(weight) * bulk(adapter) for weight, adapter in terms)
     assert distance(dense(stacked), dense_sum(terms)) <= 1e-5 * size
+
+
+def test_a_sum_takes_no_more_rank_than_its_largest_module_can_have_and_stays_exact() -> None:
+    terms = [(0.5 + number, random_adapter(Layout(MODULES, 3), number)) for number in range(8)]
+    few, many = stack(terms[:5]), stack(terms)
+    assert (few.rank, many.rank) == (15, 16)
+    size = sum(weight * bulk(adapter) for weight, adapter in terms)
+    assert distance(dense(many), dense_sum(terms)) <= 1e-6 * size
+    wider = Layout(MODULES, 20)
+    assert stack([(1.0, random_adapter(wider, 0))]).rank == 20
 
 
 def test_adapters_of_other_modules_are_not_stacked() -> None:

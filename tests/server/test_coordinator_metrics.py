@@ -89,7 +89,7 @@ def test_a_held_update_waits_and_counts_neither_as_landed_nor_as_refused(http: T
 
 def test_the_gateway_has_a_version_and_a_time_once_it_was_built(http: TestClient) -> None:
     assert scraped(http)("gateway_build_seconds") is None
-    assert push(http, make_body(1), 0) == http.get("/get_gateway_info").status_code == 200
+    assert push(http, make_body(1), 0) == http.get("/get_gateway_weights").status_code == 200
     seconds, version = (scraped(http)(name) for name in ("gateway_build_seconds", "gateway_version"))
     assert seconds is not None
     assert (seconds > 0, version) == (True, http.get("/get_gateway_info").json()["version"])

@@ -204,12 +204,12 @@ def test_regmean_falls_back_until_every_expert_has_moments_and_says_so(
 ) -> None:
     with two.client() as client:
         send(client, "moments", body_of("moments", 1))
-        before = client.get("/get_gateway_info").json()
+        before = client.get("/get_gateway_info", params={"merged": True}).json()
         assert (before["strategy"], before["statistics"]) == ("scaled", {})
         assert before["notes"] == ["regmean was asked for; without input moments of sql it became scaled"]
         assert "it became scaled" in logged(capsys)
         send(client, "moments", body_of("moments", 2), expert="sql")
-        after = client.get("/get_gateway_info").json()
+        after = client.get("/get_gateway_info", params={"merged": True}).json()
     assert (after["strategy"], after["notes"]) == ("regmean", [])
     assert after["version"] == before["version"] + 1
     assert after["digest"] != before["digest"]
@@ -224,7 +224,7 @@ def test_the_command_shows_of_how_many_tokens_moments_are_and_that_they_are_thin
     with two.client() as client:
         send(client, "moments", body_of("moments", 1))
         send(client, "moments", moments(2, tokens=417).to_bytes(), expert="sql")
-        told = GatewayInfo.model_validate(client.get("/get_gateway_info").json())
+        told = GatewayInfo.model_validate(client.get("/get_gateway_info", params={"merged": True}).json())
     capsys.readouterr()
     _show_info(told, as_json=False)
     shown = capsys.readouterr().out

@@ -136,7 +136,8 @@ class VersionWatcher:
         self._reserved |= reserved
         models = {e.name: (e.version, e.digest) for e in listing.experts if e.name not in RESERVED}
         if listing.gateway is not None:
-            models[GATEWAY] = (listing.gateway.version, listing.gateway.digest)
+            # One that is not merged yet has no digest: it counts as changed, and pulling it has it merged.
+            models[GATEWAY] = (listing.gateway.version, listing.gateway.digest or "")
         return models
 
     def _load_newest(self, name: str, version: int) -> ServedModel | None:

@@ -125,4 +125,4 @@ def _gateway(described: _GatewayDescription, adapter: Adapter) -> GatewayModel:
     values: dict[str, Any] = {field.name: getattr(described, field.name) for field in fields(described)}
     values |= {name: MappingProxyType(value) for name, value in values.items() if isinstance(value, dict)}
     del values["rank"], values["alpha"]
-    return GatewayModel(adapter, **values)
+    return GatewayModel(adapter=adapter, layout=adapter.layout, **values)

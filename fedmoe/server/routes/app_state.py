@@ -9,7 +9,7 @@ from typing import Protocol, Self, TypeVar
 from fastapi import Request
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from fedmoe.coordinator import GatewayModel
+from fedmoe.coordinator import GatewayPlan
 from fedmoe.server.access.security import Principal, principal_of
 from fedmoe.server.access.tokens import TokenGate
 from fedmoe.server.access.uploads import PushPace, UploadPlaces
@@ -51,7 +51,7 @@ class AppState:
     metrics: CoordinatorMetrics
     owners: Callable[[], Sequence[OwnerInfo]]
     live: LiveStates[Principal]
-    listed_gateway: tuple[GatewayModel, str] | None = None
+    listed_gateway: tuple[GatewayPlan, str] | None = None
 
 
 def parts_of(request: Request) -> AppState:

@@ -11,7 +11,7 @@ from fastapi import APIRouter, Query, Request
 from starlette.concurrency import run_in_threadpool
 from starlette.responses import Response
 
-from fedmoe.coordinator import GatewayModel, Transaction
+from fedmoe.coordinator import GatewayPlan, Transaction
 from fedmoe.experts import ExpertModel
 from fedmoe.federation.online_gateway import OnlineGateway
 from fedmoe.server.access.security import principal_of
@@ -54,7 +54,7 @@ def list_experts(request: Request, message: Annotated[ListingRequest, Query()]) 
 
 def _gateway_json(parts: AppState) -> str:
     """The gateway in a listing, written once while it stays the same and no evaluation gate has its say."""
-    gateway, last = parts.service.listed_gateway(), parts.listed_gateway
+    gateway, last = parts.service.gateway_plan(), parts.listed_gateway
     if last is not None and last[0] is gateway and parts.service.evaluation_gate is None:
         return last[1]
     text = gateway_info(parts.service, gateway).model_dump_json()
@@ -107,20 +107,23 @@ def expert_info(expert: ExpertModel, service: CoordinatorService) -> ExpertInfo:
     return service.entries.info(expert, prompts.get(expert.name), service.now)
 
 
-def gateway_info(service: CoordinatorService, gateway: GatewayModel) -> GatewayInfo:
-    """The gateway without its weights."""
-    layout, gate = gateway.adapter.layout, service.evaluation_gate
+def gateway_info(service: CoordinatorService, gateway: GatewayPlan) -> GatewayInfo:
+    """The gateway without its weights; what only a merge tells is left out while it was not merged."""
+    gate = service.evaluation_gate
     facts: dict[str, object] = {
-        "rank": layout.rank,
-        "parameters": layout.size,
-        "modules": len(layout.modules),
-        "lora_A_shape": (layout.rank, sum(module.in_features for module in layout.modules)),
-        "lora_B_shape": (sum(module.out_features for module in layout.modules), layout.rank),
         "gate": gate.info() if gate is not None else None,
         "living": _online_info(gateway.online_gateway, service.coordinator.experts),
         "incarnation": service.current.incarnation,
         "left_out": dict(gateway.left_out),
     }
+    if (layout := gateway.layout) is not None:
+        facts |= {
+            "rank": layout.rank,
+            "parameters": layout.size,
+            "modules": len(layout.modules),
+            "lora_A_shape": (layout.rank, sum(module.in_features for module in layout.modules)),
+            "lora_B_shape": (sum(module.out_features for module in layout.modules), layout.rank),
+        }
     return GatewayInfo.model_validate(gateway_facts(gateway) | facts)
 
 

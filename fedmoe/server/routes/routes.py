@@ -61,7 +61,7 @@ from fedmoe.server.service import CoordinatorService
 from fedmoe.server.storage.audit import AuditLog
 from fedmoe.server.storage.records import StoredStatistic
 from fedmoe.server.updates.upload import content_digest, tensor_body
-from fedmoe.wire.contract.experts import ExpertInfo, GatewayInfo, StatisticsRequest
+from fedmoe.wire.contract.experts import ExpertInfo, GatewayInfo, GatewayInfoRequest, StatisticsRequest
 from fedmoe.wire.contract.messages import (
     SAFETENSORS,
     ChangeResult,
@@ -201,9 +201,9 @@ def get_expert_weights(request: Request, message: ExpertRequest) -> Response:
 
 
 @router.get("/get_gateway_info")
-def get_gateway_info(request: Request) -> GatewayInfo:
+def get_gateway_info(request: Request, message: Annotated[GatewayInfoRequest, Query()]) -> GatewayInfo:
     service = service_of(request)
-    return gateway_info(service, service.gateway())
+    return gateway_info(service, service.gateway() if message.merged else service.gateway_plan())
 
 
 @router.get("/statistics")

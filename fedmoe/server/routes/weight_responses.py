@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, field
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 
-from fedmoe.coordinator import GatewayModel
+from fedmoe.coordinator import GatewayModel, GatewayPlan
 from fedmoe.experts import ExpertModel
 from fedmoe.lora.adapter import Adapter, FloatMatrix
 from fedmoe.lora.codec import WireDtype, encode
@@ -125,21 +125,22 @@ def all_weights(experts: Mapping[str, ExpertModel], version: int) -> Weights:
     return Weights("@all", version, digest, info, sum(expert.size for expert in members), members)
 
 
-def gateway_facts(gateway: GatewayModel) -> dict[str, object]:
+def gateway_facts(gateway: GatewayPlan) -> dict[str, object]:
     """What a gateway is made of, as it stands beside its weights and in `/get_gateway_info`."""
-    return {
+    facts: dict[str, object] = {
         "version": gateway.version,
-        "digest": gateway.digest,
         "strategy": gateway.strategy,
         "sources": dict(gateway.sources),
         "source_digests": dict(gateway.source_digests),
         "weights": dict(gateway.weights),
-        "truncation_error": gateway.truncation_error,
         "statistics": dict(gateway.statistics),
         "statistics_tokens": dict(gateway.statistics_tokens),
         "notes": list(gateway.notes),
         "scale": gateway.scale,
     }
+    if isinstance(gateway, GatewayModel):
+        facts |= {"digest": gateway.digest, "truncation_error": gateway.truncation_error}
+    return facts
 
 
 def gateway_weights(gateway: GatewayModel, experts: Mapping[str, ExpertModel]) -> Weights:

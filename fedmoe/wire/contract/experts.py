@@ -66,6 +66,8 @@ class OnlineGatewayInfo(Message):
 class GatewayInfo(Message):
     """The gateway: what it is made of and what a rank cut lost.
 
+    `truncation_error` and `digest` come with the merge, which waits until somebody asks for the weights, or for this
+    with `merged`; they are null until then, and so are rank, shapes and numbers where the merge chooses the rank.
     `statistics` are the sha256 of the input moments it was made with, by expert, `statistics_tokens` how many tokens
     those of each expert rest on; `notes` say where it was not made as configured; `gate` is null
     without an evaluation gate. `source_digests` are the content hashes of the `sources`, where they are known;
@@ -74,15 +76,15 @@ class GatewayInfo(Message):
 
     version: int
     strategy: str
-    rank: int
-    parameters: int
-    modules: int
-    lora_A_shape: tuple[int, int]
-    lora_B_shape: tuple[int, int]
+    rank: int | None = None
+    parameters: int | None = None
+    modules: int | None = None
+    lora_A_shape: tuple[int, int] | None = None
+    lora_B_shape: tuple[int, int] | None = None
     sources: dict[str, int]
     weights: dict[str, float]
-    truncation_error: float
-    digest: Sha256
+    truncation_error: float | None = None
+    digest: Sha256 | None = None
     statistics: dict[str, Sha256] = {}
     statistics_tokens: dict[str, int] = {}
     notes: list[str] = []
@@ -250,6 +252,12 @@ class ExpertListing(SparseMessage):
     gateway: GatewayInfo | None
     enable_gateway: bool
     more: bool = False
+
+
+class GatewayInfoRequest(BaseModel):
+    """With `merged` the gateway is merged first where it was not, so that rank, shapes and digest are told."""
+
+    merged: bool = False
 
 
 class ListingRequest(BaseModel):
