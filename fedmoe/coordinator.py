@@ -99,7 +99,6 @@ class GatewayPlan:
         experts = members(experts, aggregation.buffer_size)
         moments = _of_members(moments, experts)
         adapters = {name: expert.adapter for name, expert in experts.items()}
-        rank = exact_rank(list(adapters.values()))
         plan = plan_merge(
             adapters,
             aggregation.strategy,
@@ -108,6 +107,8 @@ class GatewayPlan:
             without_moments=WITHOUT_MOMENTS,
         )
         with_moments = plan.strategy in STRATEGIES_WITH_MOMENTS
+        rank = exact_rank(list(adapters.values()))
+        layout = next(iter(adapters.values())).layout.with_rank(min(rank, most or rank))
         return cls(
             version=version,
             sources=MappingProxyType({name: expert.version for name, expert in experts.items()}),
@@ -121,9 +122,7 @@ class GatewayPlan:
             statistics_tokens=_tokens(moments),
             source_digests=MappingProxyType({name: expert.digest for name, expert in experts.items()}),
             left_out=without,
-            layout=None
-            if with_moments and most is None
-            else next(iter(adapters.values())).layout.with_rank(min(rank, most or rank)),
+            layout=None if with_moments and most is None else layout,
         )
 
 

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import numpy as np
 import pytest
@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from support import LAYOUT, MANIFEST, make_adapter, make_flat, make_submission
 
-from fedmoe.coordinator import Aggregation, CentralCoordinator, GatewayModel, seed_of
+from fedmoe.coordinator import Aggregation, CentralCoordinator, GatewayModel, GatewayPlan, seed_of
 from fedmoe.experts import ExpertModel, check_manifest
 from fedmoe.federation.events import ExpertRegistered, ExpertRolledBack, UpdateAccepted, UpdateHeld, WorkerRetracted
 from fedmoe.lora.adapter import Adapter, Layout, ModuleShape
@@ -295,6 +295,25 @@ def test_the_gateway_is_built_once_per_version() -> None:
     assert coordinator.gateway() is first
     push(coordinator, 1, 0)
     assert coordinator.gateway() is not first
+
+
+@pytest.mark.parametrize("rank", [None, 1, 3])
+@pytest.mark.parametrize("strategy", ["weighted_average", "scaled", "regmean"])
+@pytest.mark.parametrize("trained", [False, True])
+def test_a_plan_says_what_the_merge_will_be_made_of(strategy: str, rank: int | None, trained: bool) -> None:
+    coordinator = with_experts("python", "sql", aggregation=Aggregation(strategy=strategy, gateway_rank=rank))
+    for number, name in enumerate(("python", "sql") if trained else ()):
+        push(coordinator, number, 0, name)
+    plan = coordinator.gateway_plan()
+    assert coordinator.built is None
+    assert coordinator.gateway_plan() is plan
+    merged = coordinator.gateway()
+    assert facts_of(merged) == facts_of(plan)
+    assert coordinator.gateway_plan() is merged
+
+
+def facts_of(plan: GatewayPlan) -> dict[str, object]:
+    return {fact.name: getattr(plan, fact.name) for fact in fields(GatewayPlan)}
 
 
 def test_the_same_experts_at_the_same_versions_give_the_same_gateway_bytes() -> None:

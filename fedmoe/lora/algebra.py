@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fedmoe.lora.adapter import Adapter, Float64Array, FloatMatrix, Layout, ModuleShape, ShapeError
+from fedmoe.lora.adapter import Adapter, Float64Array, FloatMatrix, Layout, ShapeError
 
 # Below this share of the largest eigenvalue a direction is rounding noise of the float64 Gram matrix.
 _RELATIVE_FLOOR = 1e-15
