@@ -1,6 +1,6 @@
-"""This build beside an earlier one, in one run: processor seconds of an update, an arena step, merges and the help.
+"""This build beside an earlier one, in one run: processor seconds of an update, an arena step, merges, starts.
 
-    python benchmarks/bench_against.py --against REV [--pairs 5] [--parts update step merge help]
+    python benchmarks/bench_against.py --against REV [--pairs 5] [--parts update step merge help start]
 
 REV is unpacked into a temporary folder and run in the same environment, found through PYTHONPATH. Both builds take
 turns, pair by pair and in alternating order, so that a change of the machine meets both; one pair before them warms up.
@@ -11,6 +11,7 @@ turns, pair by pair and in alternating order, so that a change of the machine me
 - `merge`: ten adapters of rank 16 with the shapes of SmolLM2-135M merged by default (weighted average, 20 times) and by
   `regmean` (once), exactly; `--layers` of its 30 layers.
 - `help`: `fedmoe --help`, from start to end, 5 times.
+- `start`: `fedmoe worker` on SmolLM2 and the text of Python's library, in a new folder, until its first step is done.
 
 Steps and merges are those of each revision's own benchmarks, which know its modules; that both gave the same bits is
 reported as `same_result`. Ratios are of pairs: below 1 this build takes less.
@@ -30,12 +31,14 @@ import subprocess
 import sys
 import tarfile
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from urllib.parse import urlencode
 
+from lib.coordinator_process import coordinator_process
 from lib.harness import ROOT, pin_threads, write_result
 
 pin_threads(1)
@@ -45,7 +48,7 @@ from bench_coordinator import Prepared, prepare, running_coordinator  # noqa: E4
 
 from fedmoe.wire.contract.messages import SAFETENSORS  # noqa: E402
 
-PARTS = ("update", "step", "merge", "help")
+PARTS = ("update", "step", "merge", "help", "start")
 #: Name -> way, and how often one measurement does it: a second of work at least, or page faults decide.
 WAYS = {"merge, default": ("weighted_average, exact", 20), "merge, regmean": ("regmean, exact", 1)}
 HELPS = 5
@@ -158,6 +161,47 @@ def help_text(source: Path) -> Iterator[Side]:
     yield once, lambda: None
 
 
+@contextmanager
+def worker_start(source: Path) -> Iterator[Side]:
+    """A worker of this build or of the other from its start to its first step; it is ended then."""
+    with tempfile.TemporaryDirectory(prefix="against-") as name, coordinator_process(name, source=source) as running:
+        folder = Path(name)
+        texts = sorted(Path(json.__file__).parents[1].glob("*.py"))
+        rows = (json.dumps({"text": text.read_text(encoding="utf-8")[:4000]}) for text in texts)
+        (folder / "text.jsonl").write_text("\n".join(rows), encoding="utf-8")
+
+        def once() -> float:
+            state = Path(tempfile.mkdtemp(dir=folder))
+            options = {
+                "--coordinator-url": running.url,
+                "--worker-id": "bench",
+                "--specialty": "text",
+                "--dataset": str(folder / "text.jsonl"),
+                "--base-model": "smollm2",
+                "--max-length": "256",
+                "--state-dir": str(state),
+            }
+            words = [word for pair in options.items() for word in pair]
+            command = [sys.executable, "-P", "-m", "fedmoe", "worker", *words]
+            cache = environment(source) | {"XDG_CACHE_HOME": str(state / "cache")}
+            with subprocess.Popen(command, env=cache, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as worker:
+                try:
+                    return _until_first_step(psutil.Process(worker.pid), state / "metrics.jsonl")
+                finally:
+                    worker.kill()
+
+        yield once, lambda: None
+
+
+def _until_first_step(worker: psutil.Process, metrics: Path) -> float:
+    """Processor seconds of a worker and its own children at its first step."""
+    while not (metrics.exists() and '"step"' in metrics.read_text(encoding="utf-8")):
+        if worker.status() == psutil.STATUS_ZOMBIE:
+            raise SystemExit("the worker ended before its first step; try its command by hand")
+        time.sleep(0.05)
+    return float(sum(worker.cpu_times()[:4]))
+
+
 def compared(sides: Mapping[str, Side], pairs: int) -> dict[str, object]:
     """Processor seconds of both sides and of each pair's ratio."""
     seconds: dict[str, list[float]] = {name: [] for name in sides}
@@ -194,6 +238,8 @@ def cases(options: argparse.Namespace) -> Iterator[tuple[str, Callable[[Path], A
             yield name, partial(work, kind="merge", options=merge)
     if "help" in options.parts:
         yield "fedmoe --help", help_text
+    if "start" in options.parts:
+        yield "worker until its first step", worker_start
 
 
 def main() -> None:

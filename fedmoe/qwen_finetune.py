@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -208,6 +209,13 @@ class QwenLoRAExpert:
             output = model.generate(input_ids=ids, attention_mask=mask, generation_config=settings)
         answer = strip_stop_tokens(output[0, ids.shape[1] :].tolist(), stops)
         return str(tokenizer.decode(answer, skip_special_tokens=True))
+
+    @contextmanager
+    def bare_base(self) -> Iterator[LoadedBase]:
+        """The base model as if no adapter were attached, for evaluation, while the context is open."""
+        self.base.model.eval()
+        with self.attached.inactive():
+            yield self.base
 
     def optimizer_state(self) -> OptimizerArrays:
         """Everything besides the weights that the next step depends on, as arrays that safetensors can hold.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import threading
-import time
+from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -15,29 +15,29 @@ from fedmoe.config import WorkerConfig
 from fedmoe.coordinator import seed_of
 from fedmoe.datasets.tokens.packing import Block
 from fedmoe.distributed_worker import DistributedWorker, SyncSettings
-from fedmoe.lora.moments import InputMoments, thin
 from fedmoe.models.base import ChatTemplate, LoadedBase, load_base
 from fedmoe.models.parallel import ProcessGroup, join_group, local_rank
 from fedmoe.models.training_config import LoraConfig
 from fedmoe.qwen_finetune import QwenLoRAExpert
-from fedmoe.qwen_worker import QwenWorker
+from fedmoe.qwen_worker import QwenWorker, StepRecord
 from fedmoe.runtime.device import choose_device, pin_threads
 from fedmoe.runtime.logs import log_tail
 from fedmoe.runtime.stop_signals import StopOnSignal
 from fedmoe.wire.client import CoordinatorClient
 from fedmoe.wire.contract.messages import StatisticsKind
 from fedmoe.wire.outbox import Outbox
+from fedmoe.worker.disclosure import Disclosure, StatisticsSender
 from fedmoe.worker.heartbeat import LOGGED_EVENTS, HeartbeatSender
 from fedmoe.worker.options import OptionError
 from fedmoe.worker.preparation import (
     WorkerData,
     adapter_layout,
+    blocks_per_step,
     check_federation,
     worker_data,
 )
 from fedmoe.worker.recovery import check_data, on_rank_zero
-from fedmoe.worker.report import Phase, PhaseLog, log_phase
-from fedmoe.worker.statistics import StatisticsSender, data_statistics, read_cached, statistics_key, write_cached
+from fedmoe.worker.report import Phase, log_phase
 
 _log = structlog.get_logger("fedmoe.worker")
 
@@ -112,14 +112,8 @@ def _train(
     checkpoints, allowed = state_dir / "checkpoint", config.allow_changed_data
     on_rank_zero(group, lambda: check_data(checkpoints, data.sampler, data.hashes, allowed, group))
 
-    def disclose() -> StatisticsSender | None:
-        statistics = statistics_to_send(config, base, data.blocks, state_dir / "statistics")
-        return StatisticsSender(client, config.specialty, config.worker_id, statistics) if statistics else None
-
-    if heartbeat is not None:
-        heartbeat.loading("statistics of the data")
     # On the bare base model, so before an adapter is attached.
-    disclosure = on_rank_zero(group, disclose)
+    disclosure = _disclosure(config, base, data.blocks, client, state_dir) if group.rank == 0 else None
     seed = seed_of(config.specialty) % 2**63
     lora = LoraConfig(config.lora_r, config.lora_alpha, config.lora_dropout, _targets(config), seed)
     settings = SyncSettings(
@@ -128,14 +122,22 @@ def _train(
     )
     try:
         expert = QwenLoRAExpert(base, lora, data.training, group)
+        tokens_per_step = data.blocks[0].input_ids.size * blocks_per_step(config)
+
+        def stepped(record: StepRecord) -> None:
+            if heartbeat is not None:
+                heartbeat.stepped(record)
+            if disclosure is not None:
+                disclosure.advance(expert.bare_base, tokens_per_step)
+
         worker = DistributedWorker(
             QwenWorker(expert, data.sampler, held_out=data.held_out, hashes=data.hashes),
             client,
             settings,
             state_dir,
             outbox,
-            on_step=heartbeat.stepped if heartbeat is not None else lambda _: None,
-            on_registered=disclosure.start if disclosure is not None else lambda: None,
+            on_step=stepped,
+            on_registered=disclosure.registered if disclosure is not None else lambda: None,
         )
         stopped = threading.Event()
 
@@ -149,51 +151,24 @@ def _train(
             heartbeat.training(str(group.device), data.training.max_steps or None)
         worker.run()
         if disclosure is not None:
-            disclosure.finish(config.max_unsynced, stopped.is_set)
+            disclosure.finish(expert.bare_base, config.max_unsynced, stopped.is_set)
     finally:
         # Before the client goes: its thread may be in the middle of a call.
         if disclosure is not None:
             disclosure.close()
 
 
-def statistics_to_send(
-    config: WorkerConfig, base: LoadedBase, blocks: list[Block], folder: Path
-) -> dict[StatisticsKind, bytes]:
-    """The statistics that the worker discloses of its data, by kind; none where it may not, or these data have none.
-
-    `folder` caches those of the same data.
-    """
+def _disclosure(
+    config: WorkerConfig, base: LoadedBase, blocks: list[Block], client: CoordinatorClient, state_dir: Path
+) -> Disclosure | None:
+    """What the worker discloses of its data; None where it may not."""
     if not config.send_statistics:
-        return {}
-    key = statistics_key(base, blocks, _targets(config))
-    if cached := read_cached(folder, key):
-        tokens = InputMoments.from_bytes(cached["moments"]).tokens
-        _log.info("statistics_kept", folder=str(folder), tokens=tokens)
-        _warn_if_thin(tokens)
-        return cached
-    started = time.monotonic()
-    try:
-        statistics = data_statistics(base, blocks, _targets(config), progress=PhaseLog("statistics of the data").update)
-    except ValueError as error:  # too little data, or a base model that has no such numbers: training needs neither
-        _log.warning("no_statistics", reason=str(error))
-        return {}
-    _log.info(
-        "statistics",
-        prompts=statistics.prompts.count,
-        of_samples=statistics.samples,
-        tokens=statistics.moments.tokens,
-        of_tokens=statistics.tokens,
-        seconds=round(time.monotonic() - started, 1),
-    )
-    _warn_if_thin(statistics.moments.tokens)
-    bodies = statistics.to_bytes()
-    write_cached(folder, key, bodies)
-    return bodies
+        return None
 
+    def sender(bodies: Mapping[StatisticsKind, bytes]) -> StatisticsSender:
+        return StatisticsSender(client, config.specialty, config.worker_id, bodies)
 
-def _warn_if_thin(tokens: int) -> None:
-    if note := thin(tokens):
-        _log.warning("thin_statistics", reason=f"the data give {note}")
+    return Disclosure(base, blocks, _targets(config), state_dir / "statistics", sender)
 
 
 def _targets(config: WorkerConfig) -> str | tuple[str, ...]:

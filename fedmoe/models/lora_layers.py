@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -32,10 +33,14 @@ class LoraLinear(nn.Module):  # type: ignore[misc]
         self.base_layer = base_layer.requires_grad_(False)
         self.dropout = dropout
         self.scale = 1.0
+        #: Whether the low-rank term is computed; without it the layer is its base.
+        self.active = True
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x: (..., in) -> (..., out), in the base layer's dtype."""
         base = self.base_layer(x)
+        if not self.active:
+            return base
         # Under autocast the float32 factors are cast once per step; without it, mixed dtypes would not multiply.
         inner = x if torch.is_autocast_enabled(x.device.type) else x.to(self.lora_a.dtype)
         if self.dropout and self.training:
@@ -116,6 +121,17 @@ class AttachedAdapter:
         self.alpha = adapter.alpha
         for layer in self._layers.values():
             layer.scale = adapter.scale
+
+    @contextmanager
+    def inactive(self) -> Iterator[None]:
+        """The model computes what its base does while the context is open."""
+        for layer in self._layers.values():
+            layer.active = False
+        try:
+            yield
+        finally:
+            for layer in self._layers.values():
+                layer.active = True
 
     def detach(self) -> None:
         """Give the model its own linear layers back; the adapter can no longer train but can still be read."""

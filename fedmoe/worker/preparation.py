@@ -88,7 +88,7 @@ def training_config(config: WorkerConfig, blocks: int) -> TrainingConfig:
     steps = config.max_steps
     if config.num_train_epochs is not None:
         # The last pass is rounded up.
-        steps = max(1, math.ceil(config.num_train_epochs * blocks / _blocks_per_step(config)))
+        steps = max(1, math.ceil(config.num_train_epochs * blocks / blocks_per_step(config)))
         if config.lr_scheduler_type != "constant" and steps <= config.warmup_steps:
             raise OptionError(
                 f"--num-train-epochs {config.num_train_epochs:g} are {steps} steps of these data, and --warmup-steps "
@@ -101,7 +101,8 @@ def training_config(config: WorkerConfig, blocks: int) -> TrainingConfig:
     return TrainingConfig(**values | {"max_steps": steps})
 
 
-def _blocks_per_step(config: WorkerConfig) -> int:
+def blocks_per_step(config: WorkerConfig) -> int:
+    """Blocks of one process in an optimizer step."""
     return config.per_device_train_batch_size * config.gradient_accumulation_steps
 
 
@@ -134,7 +135,7 @@ def worker_data(
     data = _prepared(config, config.dataset, base, length, processes)
     if group.rank == 0:
         # Of a process, padding included.
-        tokens = length * _blocks_per_step(config)
+        tokens = length * blocks_per_step(config)
         _log.info("dataset", **data.report.summary, kept=data.from_cache, tokens_per_step=tokens)
         print(data.report.text, *data.report.previews, sep="\n", flush=True)
     train, held_out = _sides(config, data, base, length, processes)

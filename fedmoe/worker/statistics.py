@@ -1,4 +1,4 @@
-"""Statistics of a worker's data for merging and routing: computed, cached and sent to the coordinator.
+"""Statistics of a worker's data for merging and routing: computed and cached; `disclosure` has them sent.
 
 Disclosed are: of the prompts, in two halves, how many samples there were, the mean of their features on the base
 model (hidden states after up to four numbers of layers, d numbers in all), and of their covariance the 64 main
@@ -14,12 +14,11 @@ follow the training, and is the same on a fast and on a busy machine.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
-import threading
-import time
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -35,11 +34,8 @@ from fedmoe.models.base import LoadedBase
 from fedmoe.models.chat_frame import ChatFrame
 from fedmoe.models.input_moments import MomentsCollector
 from fedmoe.models.prompt_features import prefix_features
-from fedmoe.runtime.errors import RefusedError
 from fedmoe.runtime.files import write_atomic
-from fedmoe.wire.client import CoordinatorClient
-from fedmoe.wire.contract.messages import DataStatisticsHeader, StatisticsKind
-from fedmoe.wire.delivery import until_answered
+from fedmoe.wire.contract.messages import StatisticsKind
 
 #: Fewer samples than this say too much about each of them, and too little about the domain.
 LEAST_PROMPTS = 16
@@ -47,11 +43,10 @@ LEAST_PROMPTS = 16
 PROMPT_LENGTHS = (8, 16, 32, 64, 128)
 #: The longest prompt, in tokens, that is used whole.
 LONGEST_PROMPT = 256
-# Samples between two reports of progress.
+# Samples of one part of the pass.
 _SAMPLES_AT_ONCE = 16
-# Seconds that a worker which was asked to stop waits for statistics that are still on their way.
-_LAST_WAIT_SECONDS = 5.0
-_TICK_SECONDS = 0.2
+# As many tokens of prompts cost about as much as one of moments (SmolLM2).
+_PROMPT_TOKENS_A_TOKEN = 10
 _KINDS: tuple[StatisticsKind, ...] = ("prompts", "moments")
 _log = structlog.get_logger("fedmoe.worker")
 
@@ -88,6 +83,75 @@ class StatisticsBudget:
     tokens: int = 2_048
 
 
+class StatisticsPass:
+    """The statistics of packed training blocks, made in small parts: between two training steps, for example.
+
+    Blocks are taken in order until the budget is used up; `pack` has shuffled them. `LEAST_PROMPTS` prompts and one
+    block are used, however small the budget. `progress` gets the tokens done so far and their final number. Make it on
+    a bare base model, before an adapter is attached; each `advance` needs the base to compute as if it were bare.
+    Raises ValueError for blocks with fewer samples.
+    """
+
+    def __init__(
+        self,
+        base: LoadedBase,
+        blocks: Sequence[Block],
+        targets: Sequence[str] | str,
+        budget: StatisticsBudget | None = None,
+        progress: Callable[[int, int], None] = lambda done, total: None,
+    ) -> None:
+        self._allowed = budget or StatisticsBudget()
+        self._base, self._progress = base, progress
+        self._samples = sum(1 for _ in _samples(blocks))
+        self._tokens = sum(map(_moment_tokens, blocks))
+        self._of_moments = min(self._tokens, self._allowed.tokens)
+        self._prompts = sample_prompts(base, blocks, self._allowed.prompt_tokens)
+        self._collector = MomentsCollector(base, targets)
+        self._features: list[FloatMatrix] = []
+        self._parts = itertools.chain(self._parts_of_moments(blocks), self._parts_of_prompts())
+        self._done = 0
+        #: Whether all of it is done.
+        self.finished = False
+
+    def advance(self, tokens: float) -> None:
+        """Go on for as long as about so many tokens of moments take, a block or some prompts at least."""
+        while tokens > 0:
+            cost = next(self._parts, None)
+            if cost is None:
+                self.finished = True
+                return
+            tokens -= cost
+
+    def statistics(self) -> DataStatistics:
+        """What was made, once it is finished."""
+        prompts = _of_features(self._features, self._prompts)
+        return DataStatistics(prompts, self._collector.moments(), self._samples, self._tokens)
+
+    def _parts_of_moments(self, blocks: Sequence[Block]) -> Iterator[float]:
+        """What each part cost, in tokens of moments."""
+        used = 0
+        for block in blocks:
+            tokens = _moment_tokens(block)
+            with self._collector as collector:
+                collector.add(collate([block]))
+            used += tokens
+            self._tell(min(used, self._of_moments))
+            yield tokens
+            if used >= self._allowed.tokens:
+                break
+        self._done = self._of_moments
+
+    def _parts_of_prompts(self) -> Iterator[float]:
+        for features, tokens in _feature_parts(self._base, self._prompts):
+            self._features.append(features)
+            self._done += tokens
+            self._tell(self._done)
+            yield tokens / _PROMPT_TOKENS_A_TOKEN
+
+    def _tell(self, done: int) -> None:
+        self._progress(done, self._of_moments + sum(lengths[-1] for _, lengths in self._prompts))
+
+
 def data_statistics(
     base: LoadedBase,
     blocks: Sequence[Block],
@@ -95,40 +159,25 @@ def data_statistics(
     budget: StatisticsBudget | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> DataStatistics:
-    """The statistics of packed training blocks on a bare base model (call it before an adapter is attached).
-
-    Blocks are taken in order until the budget is used up; `pack` has shuffled them. `LEAST_PROMPTS` prompts and one
-    block are used, however small the budget. `progress` gets the tokens done so far and their final number. Raises
-    ValueError for blocks with fewer samples.
-    """
-    allowed = budget or StatisticsBudget()
-    tokens = sum(map(_moment_tokens, blocks))
-    chosen = sample_prompts(base, blocks, allowed.prompt_tokens)
-    of_prompts, of_moments = sum(lengths[-1] for _, lengths in chosen), min(tokens, allowed.tokens)
-    total = of_prompts + of_moments
-    prompts = prompt_statistics(base, chosen, lambda done: progress(done, total))
-    used = 0
-    with MomentsCollector(base, targets) as collector:
-        for block in blocks:
-            collector.add(collate([block]))
-            used += _moment_tokens(block)
-            progress(of_prompts + min(used, of_moments), total)
-            if used >= allowed.tokens:
-                break
-    return DataStatistics(prompts, collector.moments(), sum(1 for _ in _samples(blocks)), tokens)
+    """The statistics of packed training blocks on a bare base model, all at once; see `StatisticsPass`."""
+    made = StatisticsPass(base, blocks, targets, budget, progress)
+    made.advance(math.inf)
+    return made.statistics()
 
 
-def prompt_statistics(
-    base: LoadedBase, chosen: Sequence[Prompt], progress: Callable[[int], None] = lambda done: None
-) -> PromptStatistics:
-    """The statistics of prompts; `progress` gets the tokens done so far."""
-    parts: list[FloatMatrix] = []
-    used = 0
+def prompt_statistics(base: LoadedBase, chosen: Sequence[Prompt]) -> PromptStatistics:
+    """The statistics of prompts."""
+    return _of_features([features for features, _ in _feature_parts(base, chosen)], chosen)
+
+
+def _feature_parts(base: LoadedBase, chosen: Sequence[Prompt]) -> Iterator[tuple[FloatMatrix, int]]:
+    """Features of some prompts after each other, and how many tokens these have."""
     for start in range(0, len(chosen), _SAMPLES_AT_ONCE):
         ids, lengths = zip(*chosen[start : start + _SAMPLES_AT_ONCE], strict=True)
-        parts.append(prefix_features(base, ids, lengths))
-        used += sum(prefixes[-1] for prefixes in lengths)
-        progress(used)
+        yield prefix_features(base, ids, lengths), sum(prefixes[-1] for prefixes in lengths)
+
+
+def _of_features(parts: Sequence[FloatMatrix], chosen: Sequence[Prompt]) -> PromptStatistics:
     of_row = [sample for sample, (_, prefixes) in enumerate(chosen) for _ in prefixes]
     return PromptStatistics.of(np.concatenate(parts), of_row)
 
@@ -224,56 +273,3 @@ def write_cached(folder: Path, key: str, bodies: Mapping[StatisticsKind, bytes])
 
 def _name(kind: StatisticsKind, key: str, body: bytes) -> str:
     return f"{kind}-{key}-{hashlib.sha256(body).hexdigest()[:32]}.safetensors"
-
-
-class StatisticsSender:
-    """Sends the statistics of a worker's data once; while the coordinator is away, again and again, as updates are.
-
-    A refusal is logged and ends it. The thread is a daemon: a worker that must leave leaves.
-    """
-
-    def __init__(
-        self, client: CoordinatorClient, expert: str, worker: str, statistics: Mapping[StatisticsKind, bytes]
-    ) -> None:
-        self._client = client
-        self._waiting = [
-            (DataStatisticsHeader(expert=expert, worker=worker, kind=kind), body) for kind, body in statistics.items()
-        ]
-        self._closed = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="fedmoe-disclosure", daemon=True)
-
-    def start(self) -> None:
-        """Begin to send; the expert must be registered already."""
-        self._thread.start()
-
-    def finish(self, seconds: float, stopped: Callable[[], bool]) -> None:
-        """Wait for what is on its way, then try no more: `seconds`, as for an update, or little once `stopped`.
-
-        What was not taken by then is logged: the gateway is made without it.
-        """
-        deadline = time.monotonic() + seconds
-        while self._thread.is_alive() and time.monotonic() < deadline:
-            self._thread.join(_TICK_SECONDS)
-            if stopped():
-                deadline = min(deadline, time.monotonic() + _LAST_WAIT_SECONDS)
-        if self._thread.is_alive():
-            _log.warning("statistics_not_sent", reason="the coordinator did not take them; the next start sends them")
-        self.close()
-
-    def close(self) -> None:
-        """Try no more."""
-        self._closed.set()
-
-    def _run(self) -> None:
-        while self._waiting:
-            header, body = self._waiting.pop(0)  # let go of once sent: as large as an adapter
-            try:
-                if until_answered(partial(self._client.push_data_statistics, header, body), self._closed) is not None:
-                    _log.info("statistics_sent", kind=header.kind, size=len(body))
-            except RefusedError as error:
-                _log.warning("statistics_refused", kind=header.kind, code=error.code, reason=str(error))
-            except Exception as error:
-                # The client may be closed under a call that was on its way when the worker left.
-                if not self._closed.is_set():
-                    _log.warning("statistics_not_sent", kind=header.kind, reason=repr(error))
-                return

@@ -4,26 +4,31 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import cast
+from types import SimpleNamespace
+from typing import Any, cast
 
+import numpy as np
 import pytest
+import torch
 from workers import Federation, blocks, tiny_base
 
 from fedmoe.cli import main
-from fedmoe.cli.worker_setup import statistics_to_send
-from fedmoe.config import WorkerConfig
-from fedmoe.datasets.tokens.packing import Block
+from fedmoe.datasets.tokens.packing import Block, collate
 from fedmoe.lora.moments import InputMoments
 from fedmoe.lora.prompt_statistics import PromptStatistics
 from fedmoe.models.base import LoadedBase
+from fedmoe.models.training_config import LoraConfig, TrainingConfig
+from fedmoe.qwen_finetune import QwenLoRAExpert
 from fedmoe.runtime.errors import RefusedError
 from fedmoe.runtime.stop_signals import StopOnSignal
 from fedmoe.wire.client import CoordinatorClient, CoordinatorUnavailableError
-from fedmoe.wire.contract.messages import DataStatisticsHeader
-from fedmoe.worker.statistics import DataStatistics, StatisticsSender, data_statistics
+from fedmoe.wire.contract.messages import DataStatisticsHeader, StatisticsKind
+from fedmoe.worker.disclosure import Disclosure, StatisticsSender
+from fedmoe.worker.statistics import StatisticsPass, data_statistics
 
 BODIES = {"prompts": b"p", "moments": b"m"}
 AWAY = CoordinatorUnavailableError("away")
@@ -120,7 +125,7 @@ def test_what_is_on_its_way_at_the_end_is_waited_for_and_what_is_not_taken_is_lo
 
 
 def test_who_was_told_to_stop_waits_for_a_moment_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fedmoe.worker.statistics._LAST_WAIT_SECONDS", 0.1)
+    monkeypatch.setattr("fedmoe.worker.disclosure._LAST_WAIT_SECONDS", 0.1)
     disclosure = Scripted([AWAY] * 1000).disclosure()
     began = time.monotonic()
     disclosure.finish(3600.0, lambda: True)
@@ -130,22 +135,96 @@ def test_who_was_told_to_stop_waits_for_a_moment_only(monkeypatch: pytest.Monkey
 # What is disclosed.
 
 
-def config(**others: object) -> WorkerConfig:
-    fixed = {"coordinator_url": "http://h", "worker_id": "w1", "specialty": "python", "dataset": "d.jsonl"}
-    return WorkerConfig(**fixed | others)  # type: ignore[arg-type]
+class Recorder:
+    """Stands for the sender: what was to be sent, if anything."""
+
+    def __init__(self) -> None:
+        self.bodies: Mapping[StatisticsKind, bytes] = {}
+
+    def send(self, bodies: Mapping[StatisticsKind, bytes]) -> StatisticsSender:
+        assert not self.bodies, "sent once"
+        self.bodies = bodies
+        return cast(StatisticsSender, SimpleNamespace(start=lambda: None, finish=lambda *_: None, close=lambda: None))
+
+
+def disclosed(
+    folder: Path, found: list[Block], targets: str | tuple[str, ...] = "all-linear"
+) -> Mapping[StatisticsKind, bytes]:
+    """What a worker with these data has sent by its end."""
+    recorder = Recorder()
+    disclosure = Disclosure(tiny_base(), found, targets, folder, recorder.send)
+    disclosure.registered()
+    disclosure.finish(nullcontext, 30.0, lambda: False)
+    return recorder.bodies
 
 
 def test_the_statistics_of_the_training_blocks_are_sent(tmp_path: Path) -> None:
-    found = statistics_to_send(config(), tiny_base(), blocks(), tmp_path)
-    assert found == data_statistics(tiny_base(), blocks(), "all-linear").to_bytes()
+    assert disclosed(tmp_path, blocks()) == data_statistics(tiny_base(), blocks(), "all-linear").to_bytes()
 
 
-def test_nothing_is_made_where_it_is_not_wanted(tmp_path: Path) -> None:
-    assert statistics_to_send(config(send_statistics=False), tiny_base(), blocks(), tmp_path) == {}
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_made_between_training_steps_they_are_the_same_and_so_is_the_training(
+    tmp_path: Path, checkpointing: bool
+) -> None:
+    lora, training = LoraConfig(lora_dropout=0.1), TrainingConfig(gradient_checkpointing=checkpointing)
+    recorder, base, weights = Recorder(), tiny_base(), []
+    disclosure = Disclosure(base, blocks(), "all-linear", tmp_path, recorder.send)
+    for trained_on, tells in ((base, True), (tiny_base(), False)):
+        torch.manual_seed(0)
+        expert = QwenLoRAExpert(trained_on, lora, training)
+        for step in range(12):
+            expert.train_step([collate(blocks()[step % 3 : step % 3 + 2])])
+            if tells:
+                disclosure.advance(expert.bare_base, 60)
+        weights.append(expert.weights())
+    assert recorder.bodies == data_statistics(tiny_base(), blocks(), "all-linear").to_bytes()
+    np.testing.assert_array_equal(weights[0], weights[1])
+
+
+def test_a_part_is_about_as_much_work_as_it_is_told_and_there_is_an_end(tmp_path: Path) -> None:
+    recorder = Recorder()
+    disclosure = Disclosure(tiny_base(), blocks(count=120), "all-linear", tmp_path, recorder.send)
+    counts = []
+    for tokens in (1, 10_000):
+        count = 0
+        while not recorder.bodies:
+            disclosure.advance(nullcontext, tokens)
+            count += 1
+        counts.append(count)
+        recorder = Recorder()
+        for file in tmp_path.iterdir():
+            file.unlink()
+        disclosure = Disclosure(tiny_base(), blocks(count=120), "all-linear", tmp_path, recorder.send)
+    assert counts[0] > 4
+    assert counts[1] == 1
+
+
+def test_who_was_told_to_stop_makes_them_at_the_next_start(tmp_path: Path) -> None:
+    recorder = Recorder()
+    disclosure = Disclosure(tiny_base(), blocks(), "all-linear", tmp_path, recorder.send)
+    disclosure.registered()
+    disclosure.advance(nullcontext, 1)
+    disclosure.finish(nullcontext, 30.0, lambda: True)
+    assert (recorder.bodies, list(tmp_path.iterdir())) == ({}, [])
+    assert disclosed(tmp_path, blocks()) == data_statistics(tiny_base(), blocks(), "all-linear").to_bytes()
+
+
+def test_without_memory_for_them_training_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    @contextmanager
+    def full() -> Iterator[None]:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+        yield
+
+    recorder = Recorder()
+    disclosure = Disclosure(tiny_base(), blocks(), "all-linear", tmp_path, recorder.send)
+    disclosure.advance(full, 1)
+    assert "no memory for them" in logged(capsys)
+    disclosure.finish(nullcontext, 30.0, lambda: False)
+    assert recorder.bodies == {}
 
 
 def test_too_little_data_is_logged_and_not_fatal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert statistics_to_send(config(), tiny_base(), blocks(count=3), tmp_path) == {}
+    assert disclosed(tmp_path, blocks(count=3)) == {}
     assert "at least 16 samples" in logged(capsys)
 
 
@@ -154,20 +233,19 @@ def made(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How many blocks statistics were made of, each time."""
     counts: list[int] = []
 
-    def counted(
-        base: LoadedBase, found: Sequence[Block], targets: Sequence[str] | str, progress: Callable[[int, int], None]
-    ) -> DataStatistics:
-        counts.append(len(found))
-        return data_statistics(base, found, targets, progress=progress)
+    class Counted(StatisticsPass):
+        def __init__(self, base: LoadedBase, found: Sequence[Block], *others: Any, **named: Any) -> None:
+            counts.append(len(found))
+            super().__init__(base, found, *others, **named)
 
-    monkeypatch.setattr("fedmoe.cli.worker_setup.data_statistics", counted)
+    monkeypatch.setattr("fedmoe.worker.disclosure.StatisticsPass", Counted)
     return counts
 
 
 def test_the_same_data_are_looked_at_once(tmp_path: Path, made: list[int]) -> None:
     folder = tmp_path / "statistics"
-    first = statistics_to_send(config(), tiny_base(), blocks(), folder)
-    assert statistics_to_send(config(), tiny_base(), blocks(), folder) == first
+    first = disclosed(folder, blocks())
+    assert disclosed(folder, blocks()) == first
     assert len(made) == 1
 
 
@@ -175,10 +253,10 @@ def test_other_data_or_other_modules_are_looked_at_and_only_the_newest_are_kept(
     tmp_path: Path, made: list[int]
 ) -> None:
     folder = tmp_path / "statistics"
-    first = statistics_to_send(config(), tiny_base(), blocks(), folder)
-    fewer = statistics_to_send(config(), tiny_base(), blocks()[1:], folder)
+    first = disclosed(folder, blocks())
+    fewer = disclosed(folder, blocks()[1:])
     assert fewer != first
-    statistics_to_send(config(target_modules=("q_proj",)), tiny_base(), blocks(), folder)
+    disclosed(folder, blocks(), ("q_proj",))
     assert len(made) == 3
     assert len(list(folder.iterdir())) == 2
 
@@ -186,29 +264,29 @@ def test_other_data_or_other_modules_are_looked_at_and_only_the_newest_are_kept(
 def test_the_log_says_what_the_statistics_rest_on_and_that_they_are_thin(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    statistics_to_send(config(), tiny_base(), blocks(), tmp_path)
+    disclosed(tmp_path, blocks())
     lines = logged(capsys)
     assert "of_samples=24" in lines
     assert "of_tokens=480" in lines
     assert "fewer than 1,024" in lines
     for _ in ("of a first start", "of one that finds them kept"):
         assert "thin_statistics" in lines
-        statistics_to_send(config(), tiny_base(), blocks(), tmp_path)
+        disclosed(tmp_path, blocks())
         lines = logged(capsys)
 
 
 def test_enough_tokens_are_not_called_thin(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    statistics_to_send(config(), tiny_base(), blocks(count=120), tmp_path)
+    disclosed(tmp_path, blocks(count=120))
     assert "thin_statistics" not in logged(capsys)
 
 
 def test_kept_statistics_that_were_damaged_are_made_anew(
     tmp_path: Path, made: list[int], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    first = statistics_to_send(config(), tiny_base(), blocks(), tmp_path)
+    first = disclosed(tmp_path, blocks())
     damaged = min(tmp_path.glob("moments-*"))
     damaged.write_bytes(damaged.read_bytes()[:-1] + b"\xff")
-    assert statistics_to_send(config(), tiny_base(), blocks(), tmp_path) == first
+    assert disclosed(tmp_path, blocks()) == first
     assert len(made) == 2
     assert "kept_statistics_damaged" in logged(capsys)
 
@@ -216,11 +294,11 @@ def test_kept_statistics_that_were_damaged_are_made_anew(
 def test_kept_statistics_that_cannot_be_read_are_made_anew(
     tmp_path: Path, made: list[int], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    first = statistics_to_send(config(), tiny_base(), blocks(), tmp_path)
+    first = disclosed(tmp_path, blocks())
     unreadable = min(tmp_path.glob("prompts-*"))
     unreadable.unlink()
     unreadable.mkdir()
-    assert statistics_to_send(config(), tiny_base(), blocks(), tmp_path) == first
+    assert disclosed(tmp_path, blocks()) == first
     assert len(made) == 2
     assert "kept_statistics_unreadable" in logged(capsys)
 
@@ -229,7 +307,7 @@ def test_a_folder_that_cannot_be_written_is_logged_and_not_fatal(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "file").write_text("in the way")
-    assert statistics_to_send(config(), tiny_base(), blocks(), tmp_path / "file") != {}
+    assert disclosed(tmp_path / "file", blocks()) != {}
     assert "statistics_not_kept" in logged(capsys)
 
 
