@@ -38,13 +38,13 @@ from functools import partial
 from pathlib import Path
 from urllib.parse import urlencode
 
-from lib.coordinator_process import coordinator_process
 from lib.harness import ROOT, pin_threads, write_result
 
 pin_threads(1)
 
 import psutil  # noqa: E402  # threads are pinned first
 from bench_coordinator import Prepared, prepare, running_coordinator  # noqa: E402
+from lib.coordinator_process import coordinator_process  # noqa: E402
 
 from fedmoe.wire.contract.messages import SAFETENSORS  # noqa: E402
 
