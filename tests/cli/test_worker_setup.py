@@ -154,7 +154,7 @@ def _no_training(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*arguments: object, **options: object) -> None:
         raise AssertionError("the long work began before the options were found fit")
 
-    monkeypatch.setattr(setup, "data_statistics", fail)
+    monkeypatch.setattr(setup, "Disclosure", fail)
     monkeypatch.setattr(setup, "QwenLoRAExpert", fail)
 
 
