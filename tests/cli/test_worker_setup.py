@@ -225,7 +225,7 @@ def test_changed_data_are_refused_before_the_long_work(
     state = ["--state-dir", str(tmp_path / "w1"), "--dtype", "fp32", "--device", "cpu", "--no-send-statistics"]
     data = write_rows(tmp_path / "d.jsonl", *GOOD)
     main(["worker", *fixed, *state, "--dataset", str(data), "--max-steps", "1"])
-    monkeypatch.setattr(setup, "data_statistics", None)
+    monkeypatch.setattr(setup, "Disclosure", None)
     said = told(1, write_rows(tmp_path / "d.jsonl", *GOOD[3:]), url=house.url)
     assert "the checkpoint is of other data: 3 of 20 samples are gone or changed, 0 are new" in said
     assert "--allow-changed-data" in said
