@@ -30,6 +30,7 @@ from fedmoe.server.storage.folder_blobs import FolderBlobStore
 from fedmoe.server.storage.object_store import claim, shared_blobs
 from fedmoe.server.storage.postgres import postgres_engine
 from fedmoe.server.storage.postgres_journal import PostgresJournal
+from fedmoe.server.storage.read_ahead import ReadAhead
 from fedmoe.server.storage.state_dir import lock_state
 from fedmoe.wire.contract.replicas import OwnerInfo
 from fedmoe.wire.http.middleware import ProtocolMiddleware
@@ -67,6 +68,7 @@ class DistributedReplica:
         # Of its own connection: what the journal waits for keeps no lease from being renewed.
         self._owners = Owners(postgres_engine(self._url), 2 * self._lease / 3)
         self._blobs = shared_blobs(config.blobs, FolderBlobStore(self._folder / "spool"))
+        self._read_ahead = ReadAhead(self._url, self._lease / 3)
         self._pool = ThreadPoolExecutor(_THREADS, thread_name_prefix="fedmoe-upload")
         patience = _PATIENCE_LEASES * self._lease + _PATIENCE_SECONDS
         self._replica_app = ReplicaApp(secret, self._blobs, self._pool, patience)
@@ -87,6 +89,7 @@ class DistributedReplica:
                 runner.run(self._run(server, listener))
         finally:
             self._candidate.stop()
+            self._read_ahead.close()
             self._pool.shutdown()
             self._owners.close()
             self._lock.close()
@@ -97,6 +100,7 @@ class DistributedReplica:
         self._loop = asyncio.get_running_loop()
         self._replica_app.attach(self._candidate)
         self._candidate.start()
+        self._read_ahead.start()
         leaving = asyncio.create_task(self._hand_over(server))
         try:
             await server.serve(sockets=[listener])
@@ -114,7 +118,9 @@ class DistributedReplica:
 
     def _open(self, tenure: Tenure) -> OwnedFederation:
         """Recover the federation for a term; called in a thread."""
+        checked = self._read_ahead.take()
         with ExitStack() as opened:
+            opened.callback(self._read_ahead.resume)
             acknowledged = AcknowledgedFile(self._folder / "acknowledged")
             opened.callback(acknowledged.close)
             journal = PostgresJournal(
@@ -125,6 +131,7 @@ class DistributedReplica:
                 fence=tenure.fence(self._lease),
                 patience=self._lease,
                 patience_in_doubt=self._lease,
+                checked=checked,
             )
             opened.callback(journal.close)
             self._check_newest(journal, acknowledged)
@@ -134,7 +141,7 @@ class DistributedReplica:
                 self.config, journal, self._blobs, self._folder, lambda: tenure.lost, head, self._owner_infos
             )
             assert self._loop is not None, "the candidate starts in the loop"
-            owned = OwnedFederation(federation, journal, acknowledged, self._loop)
+            owned = OwnedFederation(federation, journal, acknowledged, self._loop, self._read_ahead.resume)
             opened.pop_all()
         self._announce(federation)
         return owned
@@ -172,7 +179,10 @@ class DistributedReplica:
 
 
 class OwnedFederation:
-    """The federation in the memory of its owner, and the journal that it writes under the term's fence."""
+    """The federation in the memory of its owner, and the journal that it writes under the term's fence.
+
+    `dropped` is called once it is out of memory.
+    """
 
     def __init__(
         self,
@@ -180,7 +190,9 @@ class OwnedFederation:
         journal: ChainedJournal,
         acknowledged: AcknowledgedFile,
         loop: asyncio.AbstractEventLoop,
+        dropped: Callable[[], None],
     ) -> None:
+        self._dropped = dropped
         self._federation = federation
         self._journal = journal
         self._acknowledged = acknowledged
@@ -200,3 +212,4 @@ class OwnedFederation:
         finally:
             self._journal.close()
             self._acknowledged.close()
+            self._dropped()

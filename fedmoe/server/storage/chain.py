@@ -39,6 +39,9 @@ class ChainEnd:
     rows: int = 0
 
 
+_BEGINNING = ChainEnd()
+
+
 class BrokenChainError(ValueError):
     """A row is not the one that was written; `row` is its id, `event` counts from 1."""
 
@@ -48,10 +51,13 @@ class BrokenChainError(ValueError):
         self.event = event
 
 
-def check(rows: Iterable[Sequence[object]]) -> ChainEnd:
-    """Follow rows of `COLUMNS` and their chain value to the end; BrokenChainError at the first that breaks it."""
-    chain, last, number = GENESIS, 0, 0
-    for number, row in enumerate(rows, 1):
+def check(rows: Iterable[Sequence[object]], after: ChainEnd = _BEGINNING) -> ChainEnd:
+    """Follow rows of `COLUMNS` and their chain value to the end; BrokenChainError at the first that breaks it.
+
+    They are those that follow on what was checked up to `after`.
+    """
+    chain, last, number = after.chain, after.row, after.rows
+    for number, row in enumerate(rows, after.rows + 1):
         try:
             chain = link(chain, row[:-1])
         except ValueError:

@@ -24,11 +24,12 @@ from fedmoe.runtime.errors import RefusedError
 from fedmoe.server.storage import postgres, postgres_seals
 from fedmoe.server.storage.acknowledged import AcknowledgedFile, Head
 from fedmoe.server.storage.blobs import StorageFailedError
-from fedmoe.server.storage.chain import COLUMNS, check
+from fedmoe.server.storage.chain import COLUMNS, ChainEnd, check
 from fedmoe.server.storage.chained_journal import HEAD, WRITER, ChainedJournal, Pages, checked_head, federation_rows_of
 from fedmoe.server.storage.event_rows import chained_event_of, event_of
 from fedmoe.server.storage.journal import NotOwnerError
 from fedmoe.server.storage.postgres_schema import REVISIONS, prepare_schema
+from fedmoe.server.storage.read_ahead import CheckedRows
 from fedmoe.server.storage.seals import fatal_damage
 from fedmoe.server.storage.tables import ALL_TABLES, EVENTS, INCARNATION, META
 
@@ -49,9 +50,9 @@ class PostgresJournal(ChainedJournal):
 
     Without a `fence` the writer is whoever holds a lock of the session, and a second one is refused. With one, whoever
     opens the journal is the writer until the next one opens it with one too. One that is being moved here is refused
-    unless `moved_from` is the place that it is moved from. While the database is away, reads and writes wait for
-    `patience` seconds and are then refused as busy; a commit whose end is not known waits for `patience_in_doubt`
-    seconds before the storage counts as failed.
+    unless `moved_from` is the place that it is moved from. Rows that were `checked` before are not read again. While
+    the database is away, reads and writes wait for `patience` seconds and are then refused as busy; a commit whose end
+    is not known waits for `patience_in_doubt` seconds before the storage counts as failed.
     """
 
     def __init__(
@@ -65,8 +66,11 @@ class PostgresJournal(ChainedJournal):
         patience_in_doubt: float = 120.0,
         revisions: Iterable[Path] = REVISIONS,
         moved_from: str | None = None,
+        checked: CheckedRows | None = None,
     ) -> None:
         super().__init__(acknowledged)
+        # What a standby has read; handed on once.
+        self._checked = checked or CheckedRows()
         self._engine = postgres.postgres_engine(url)
         # A statement alone needs no transaction, which would cost two more round trips.
         self._single_reads = self._engine.execution_options(isolation_level="AUTOCOMMIT")
@@ -114,6 +118,10 @@ class PostgresJournal(ChainedJournal):
     def events(self, expert: str | None = None, after_version: int = -1) -> Iterator[Event]:
         query = sa.select(EVENTS.c.kind, EVENTS.c.payload)
         if expert is None:
+            checked, self._checked = self._checked, CheckedRows()
+            if checked.events:
+                yield from checked.events
+                query = query.where(EVENTS.c.id > checked.end.row)
             query = query.order_by(EVENTS.c.id)
         else:
             query = query.where(EVENTS.c.expert == expert, EVENTS.c.version > after_version).order_by(EVENTS.c.version)
@@ -172,8 +180,12 @@ class PostgresJournal(ChainedJournal):
         with connection.begin():
             postgres.read_of_one_moment(connection)
             try:
-                with postgres.unhurried(connection).execute(query) as rows:
-                    end = check(rows)
+                before = self._checked.end
+                last = connection.execute(sa.select(EVENTS.c.chain).where(EVENTS.c.id == before.row)).scalar()
+                if last != before.chain:  # nothing was read ahead, or it is another journal by now
+                    self._checked, before = CheckedRows(), ChainEnd()
+                with postgres.unhurried(connection).execute(query.where(EVENTS.c.id > before.row)) as rows:
+                    end = check(rows, before)
                 meta = dict(connection.execute(sa.select(META.c.key, META.c.value)).all())
                 return end.row, checked_head(end, meta.get(HEAD), meta.get(INCARNATION))
             except ValueError as error:
