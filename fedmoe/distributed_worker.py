@@ -171,7 +171,7 @@ class DistributedWorker:
 
     def _start_delivery(self, pending: PendingUpdate, fact: StatisticRequest | None) -> None:
         manifest, dtype = self.worker.manifest, self._settings.wire_dtype
-        self._delivery = Delivery(self._client, pending, warn_of_absence, fact, manifest, dtype)
+        self._delivery = Delivery(self._client, pending, warn_of_absence, fact, manifest, dtype, self._base)
 
     def _deliver_leftover(self, saved: WorkerSyncPoint | None) -> DeliveryOutcome | None:
         """What became of the update an earlier run left; None if it left none, or when asked to stop meanwhile."""

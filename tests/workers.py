@@ -106,6 +106,10 @@ class Road(httpx2.BaseTransport):
         self.open_for_pushes = threading.Event()
         self.open_for_pushes.set()
         self.pushes: list[httpx2.URL] = []
+        #: The bytes of every answer to a push.
+        self.answers: list[int] = []
+        #: What is taken out of the heads of pushes, as an older program would not send it.
+        self.without = ""
         self._inner = httpx2.HTTPTransport(verify=False)
 
     def handle_request(self, request: httpx2.Request) -> httpx2.Response:
@@ -123,7 +127,10 @@ class Road(httpx2.BaseTransport):
         if fault == "damaged":
             body = request.read()
             request = httpx2.Request("POST", request.url, headers=request.headers, content=body[:-1] + b"!")
+        if self.without:
+            request.headers.pop(self.without, None)
         response = self._inner.handle_request(request)
+        self.answers.append(int(response.headers["content-length"]))
         if fault == "answer_lost":
             response.read()
             response.close()

@@ -60,6 +60,11 @@ class Aggregation:
         return buffered(RULES[self.server_optimizer], self.buffer_size)
 
     @property
+    def plain_rule(self) -> bool:
+        """Whether an update adds its delta times the coefficient to the weights, and nothing else."""
+        return self.rule.name == "sgd"
+
+    @property
     def uses_moments(self) -> bool:
         """Whether a gateway is made with the input moments of its experts; the gate tries such a strategy as well."""
         return self.merge_after is not None or self.evaluation_gate or self.strategy in STRATEGIES_WITH_MOMENTS

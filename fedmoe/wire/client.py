@@ -193,12 +193,17 @@ class CoordinatorClient:
         """The newest gateway, in full precision."""
         return pulled_gateway(self._retried("GET", "/get_gateway_weights", headers=_TENSORS))
 
-    def push(self, header: messages.UpdateHeader, body: bytes, manifest: Manifest | None = None) -> PushResult:
+    def push(
+        self, header: messages.UpdateHeader, body: bytes, manifest: Manifest | None = None, minimal: bool = False
+    ) -> PushResult:
         """Send an update once; sending the same one again later is safe.
 
-        `manifest` is the one the expert was registered with: newest weights of another are refused.
+        `manifest` is the one the expert was registered with: newest weights of another are refused. With `minimal` no
+        weights need to come where the newest are the base plus this update.
         """
         headers, bounds = body_headers(body) | _TENSORS, BodySizeLimits.of(manifest)
+        if minimal:
+            headers |= {"Prefer": messages.MINIMAL}
         params = header.model_dump(exclude_none=True)
         answer = self._once("POST", "/push_expert_update", bounds, params=params, content=body, headers=headers)
         if answer.type != SAFETENSORS:

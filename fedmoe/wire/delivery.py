@@ -7,13 +7,14 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent import futures
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import structlog
 
-from fedmoe.lora.codec import WireDtype
+from fedmoe.lora.codec import WireDtype, decode, digest
 from fedmoe.lora.manifest import Manifest
+from fedmoe.lora.update_rules import add_scaled
 from fedmoe.runtime.errors import RefusedError
 from fedmoe.wire.client import (
     ANOTHER_HISTORY,
@@ -81,8 +82,9 @@ class Delivery:
 
     While the coordinator is away or sheds load, tries go on, `pause_seconds` apart. The thread is a daemon: a worker
     that must leave leaves, and sends the update after its restart. `fact` is sent after an update that landed, once:
-    a newer one follows with the next. Newest weights have to be of `manifest`; others are waited out. Where they do not
-    come with the answer they are pulled in `dtype`.
+    a newer one follows with the next. Newest weights have to be of `manifest`; others are waited out. Where the update
+    is all that is new they are `base`, what it was measured from, plus the update, checked by their digest. Where they
+    do not come with the answer they are pulled in `dtype`.
     """
 
     def __init__(
@@ -93,8 +95,10 @@ class Delivery:
         fact: StatisticRequest | None = None,
         manifest: Manifest | None = None,
         dtype: WireDtype = "fp32",
+        base: PulledExpert | None = None,
     ) -> None:
         self.pending = pending
+        self._base = base
         self._manifest, self._dtype = manifest, dtype
         self._fact = fact
         self._client = client
@@ -128,13 +132,16 @@ class Delivery:
             self._outcome.set_exception(error)
 
     def _deliver(self) -> DeliveryOutcome | None:
+        if self._base is not None and digest(self._base.adapter) != self._base.digest:
+            self._base = None  # pulled in a narrow precision: not what the coordinator has
         try:
             pushed = self._persist(self._push)
         except RefusedError as refused:
             return self._after_refusal(refused)
         if pushed is None:
             return None
-        newest = pushed.newest or self._persist(lambda: self._pull(pushed.result.version))
+        newest = pushed.newest or self._followed(pushed.result)
+        newest = newest or self._persist(lambda: self._pull(pushed.result.version, "fp32"))
         if self._fact is not None and pushed.result.status == "landed":
             try:
                 self._client.push_statistic(self._fact)
@@ -142,12 +149,31 @@ class Delivery:
                 _log.warning("not_told", kind=self._fact.kind, reason=str(error))
         return self._ended(pushed.result, None, newest) if newest else None
 
+    def _followed(self, result: UpdateResult) -> PulledExpert | None:
+        """The newest weights where they are the base plus this update; None where they are others."""
+        base = self._base
+        if base is None or result.weights_digest is None or result.version != base.version + 1:
+            return None
+        delta = decode(self.pending.body, base.manifest.layout).flat
+        newest = replace(
+            base,
+            version=result.version,
+            digest=result.weights_digest,
+            weights=add_scaled(base.weights, delta, result.coefficient),
+            etag="",
+            incarnation=result.incarnation or base.incarnation,
+        )
+        if digest(newest.adapter) != result.weights_digest:
+            _log.warning("weights_differ", version=result.version, digest=result.weights_digest[:12])
+            return None
+        return newest
+
     def _after_refusal(self, refused: RefusedError) -> DeliveryOutcome | None:
         if refused.code not in CURED_BY_PULLING | {_REJECTED}:
             return self._ended(None, refused, None)
         newest = refused.newest if isinstance(refused, TooStaleError) else None
         least = 0 if refused.code in ANOTHER_HISTORY else self.pending.header.base_version
-        newest = newest or self._persist(lambda: self._pull(least))
+        newest = newest or self._persist(lambda: self._pull(least, self._dtype))
         return self._ended(None, refused, newest) if newest else None
 
     def _ended(
@@ -160,7 +186,9 @@ class Delivery:
 
     def _push(self) -> PushResult:
         try:
-            return self._client.push(self.pending.header, self.pending.body, self._manifest)
+            return self._client.push(
+                self.pending.header, self.pending.body, self._manifest, minimal=self._base is not None
+            )
         except RefusedError as error:
             if error.code != _HELD_ELSEWHERE:
                 raise
@@ -168,9 +196,9 @@ class Delivery:
             seconds = float(seconds_left) if isinstance(seconds_left, int | float) else None
             raise CoordinatorUnavailableError(f"{error.code}: {error}", seconds) from error
 
-    def _pull(self, least_version: int) -> PulledExpert:
+    def _pull(self, least_version: int, dtype: WireDtype) -> PulledExpert:
         expected = ExpectedWeights(self._manifest, least_version)
-        pulled = self._client.pull_expert(self.pending.header.expert, dtype=self._dtype, expected=expected)
+        pulled = self._client.pull_expert(self.pending.header.expert, dtype=dtype, expected=expected)
         assert pulled is not None, "without an ETag there is always an answer"
         return pulled
 

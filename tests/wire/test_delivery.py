@@ -43,7 +43,7 @@ class Scripted:
     pulls: list[PulledExpert | Exception] = field(default_factory=list)
     seen: list[tuple[UpdateHeader, bytes]] = field(default_factory=list)
 
-    def push(self, header: UpdateHeader, body: bytes, manifest: Manifest | None) -> PushResult:
+    def push(self, header: UpdateHeader, body: bytes, manifest: Manifest | None, minimal: bool = False) -> PushResult:
         self.seen.append((header, body))
         answer = self.pushes.pop(0)
         if isinstance(answer, Exception):

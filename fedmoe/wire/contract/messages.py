@@ -25,6 +25,8 @@ from fedmoe.lora.manifest import Manifest
 DEFAULT_PORT = 5000
 SAFETENSORS = "application/vnd.safetensors"
 PROBLEM = "application/problem+json"
+#: RFC 7240: who pushes with this `Prefer` needs no weights where its own update is all that the newest version brings.
+MINIMAL = "return=minimal"
 #: Every answer of a coordinator says in this header which history it is of.
 INCARNATION_HEADER = "FedMoE-Incarnation"
 
@@ -209,10 +211,13 @@ class UpdateResult(SparseMessage):
 
     A `quarantined` one, `held` under a number, has not landed: `version` is the expert's, unchanged, and `note` the
     reason. A `note` also warns of an id that is used in two places. `outcomes` tell of what was held of this worker and
-    epoch, the newest last. Keys without news are not sent: older programs refuse keys that they do not know.
+    epoch, the newest last. `digest` is that of the update's bytes, `weights_digest` that of the version's weights where
+    they do not come along. Keys without news are not sent: older programs refuse keys that they do not know.
     """
 
-    sparse: ClassVar[frozenset[str]] = frozenset({"incarnation", "status", "held", "note", "outcomes"})
+    sparse: ClassVar[frozenset[str]] = frozenset(
+        {"incarnation", "status", "held", "note", "outcomes", "weights_digest"}
+    )
     expert: ExpertName
     version: int
     gateway_version: int
@@ -225,6 +230,7 @@ class UpdateResult(SparseMessage):
     held: int | None = None
     note: str = ""
     outcomes: list[HeldOutcome] = []
+    weights_digest: Sha256 | None = None
 
 
 class FederationInfo(HistoryMessage):
