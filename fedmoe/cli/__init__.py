@@ -19,9 +19,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     prepare_threads(words)
     with printing_safely():
         from fedmoe.cli.commands import app
-        from fedmoe.cli.output import guarded
+        from fedmoe.cli.output import command_of, guarded
 
-        guarded(app, words)
+        guarded(command_of(app), words)
 
 
 def get_gateway_model() -> None:
@@ -29,6 +29,6 @@ def get_gateway_model() -> None:
     prepare_threads([])
     with printing_safely():
         from fedmoe.cli.commands import gateway_tool
-        from fedmoe.cli.output import guarded
+        from fedmoe.cli.output import command_of, guarded
 
-        guarded(gateway_tool, sys.argv[1:])
+        guarded(command_of(gateway_tool), sys.argv[1:])

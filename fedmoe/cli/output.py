@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
+from functools import cache
 from typing import NoReturn
 
-import typer
 from pydantic import BaseModel, ValidationError
 from typer.exceptions import TyperException
+from typer.main import get_command
 
 from fedmoe.runtime.errors import ExpectedError, RefusedError
 from fedmoe.runtime.safe_text import inert
@@ -38,10 +39,14 @@ def importing(extra: str) -> Iterator[None]:
         raise CommandError(f"{error.name} is not installed; run: pip install 'fedmoe[{extra}]'") from error
 
 
-def guarded(app: typer.Typer, arguments: list[str]) -> None:
-    """Run an application; turn what may be expected to go wrong into one line on standard error and an exit status."""
+#: An application with its options read from the signatures, which takes a while: once a process.
+command_of = cache(get_command)
+
+
+def guarded(command: Callable[..., int | None], arguments: list[str]) -> None:
+    """Run a command; turn what may be expected to go wrong into one line on standard error and an exit status."""
     try:
-        status = app(arguments, standalone_mode=False)
+        status = command(arguments, standalone_mode=False)
     except TyperException as error:
         _misused(error)
     except ValidationError as error:

@@ -22,7 +22,7 @@ def test_an_error_moves_no_cursor(capsys: pytest.CaptureFixture[str]) -> None:
         raise RefusedError("forbidden", f"said the coordinator {ESCAPES}")
 
     with pytest.raises(SystemExit):
-        guarded(fails, [])  # type: ignore[arg-type]
+        guarded(fails, [])
     said = capsys.readouterr().err
     assert all(character.isprintable() or character == "\n" for character in said)
     assert "\\x1b[2J" in said

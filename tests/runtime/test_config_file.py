@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Literal, get_args, get_origin
 
@@ -99,16 +99,27 @@ def as_toml(values: Mapping[str, object]) -> str:
 
 def started(process: str, arguments: list[str]) -> BaseSettings:
     """The configuration that the process would run with; the options are the command's own."""
-    configurations: list[BaseSettings] = []
-    probe = typer.Typer(add_completion=False)
+    command, configurations = probe(process)
+    command(arguments, standalone_mode=False)
+    return configurations.pop()
 
-    @probe.command()
+
+@cache
+def probe(process: str) -> tuple[Callable[..., object], list[BaseSettings]]:
+    """A command with the options of a process, and where it puts the configuration it would run with."""
+    configurations: list[BaseSettings] = []
+    app = typer.Typer(add_completion=False)
+
+    @app.command()
     @configured(PROCESSES[process], OPTIONS[process])
     def _start(config: BaseSettings) -> None:
         configurations.append(config)
 
-    probe(arguments, standalone_mode=False)
-    return configurations[0]
+    return typer.main.get_command(app), configurations
+
+
+#: Whether a flag, a variable and the file say something: each is taken away in turn, and each speaks alone.
+LEVELS = [(True, True, True), (False, True, True), (False, False, True), (False, False, False), (True, False, False)]
 
 
 @pytest.mark.parametrize(("process", "name"), FIELDS)
@@ -119,7 +130,7 @@ def test_flag_wins_over_environment_over_file_over_default(process: str, name: s
     file = folder / "fedmoe.toml"
     required = kind.model_fields[name].is_required()
     for by_flag, by_environment, by_file in three_values(kind, name):
-        for levels in itertools.product((True, False), repeat=3):
+        for levels in LEVELS:
             if not any(levels) and (required or name in BESIDE.get(name, {}) or name.startswith("tls_")):
                 continue
             flag = flags(name, by_flag) if levels[0] else []
