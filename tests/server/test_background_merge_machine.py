@@ -304,7 +304,7 @@ def walk(machine: type[FoldingMachine], examples: int, steps: int) -> None:
 
 @pytest.mark.parametrize("machine", KINDS)
 def test_whatever_happens_nothing_is_lost_and_nothing_is_merged_twice(machine: type[FoldingMachine]) -> None:
-    walk(machine, 12, 30)
+    walk(machine, 8, 30)
 
 
 @pytest.mark.slow

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 
 import pytest
 
@@ -137,3 +138,31 @@ def test_readers_are_cut_off_where_no_state_can_be_made_and_may_come_again() -> 
         return state
 
     assert asyncio.run(watch()) == b"id: 1\ndata: good\n\n"
+
+
+def test_a_stop_does_not_wait_for_a_state_that_is_being_made() -> None:
+    making, go_on = threading.Event(), threading.Event()
+
+    def make(view: str) -> LiveState:
+        making.set()
+        go_on.wait(60)
+        return LiveState("1", "late")
+
+    async def read_until_stopped() -> list[bytes]:
+        states: LiveStates[str] = LiveStates(make, lambda: 1)
+        reader = asyncio.create_task(_all(states.stream("a", None)))
+        await asyncio.to_thread(making.wait, 60)
+        states.close()
+        return await reader
+
+    read: list[bytes] = []
+    stopped = threading.Thread(target=lambda: read.extend(asyncio.run(read_until_stopped())), daemon=True)
+    stopped.start()
+    stopped.join(30)
+    assert not stopped.is_alive()
+    assert not any(b"late" in event for event in read)
+    go_on.set()
+
+
+async def _all(stream: AsyncIterator[bytes]) -> list[bytes]:
+    return [event async for event in stream]

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import math
+import threading
 import time
 from collections.abc import AsyncIterator, Callable, Hashable
+from contextlib import suppress
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from functools import partial
+from typing import Generic, TypeVar, cast
 
-from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 from starlette.responses import StreamingResponse
 
@@ -22,6 +24,7 @@ _RETRY = b"retry: 1000\n\n"
 _KEEP_ALIVE = b":\n\n"
 
 ViewT = TypeVar("ViewT", bound=Hashable)
+ResultT = TypeVar("ResultT")
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,7 +118,7 @@ class LiveStates(Generic[ViewT]):
             while self._views and not self._closed:
                 self._asked.clear()
                 began = time.monotonic()
-                newest = await run_in_threadpool(self._revision)
+                newest = await _in_daemon_thread(self._revision)
                 if newest != revision or began - made_at >= self._oldest:
                     # The revision is from before the reading: what comes in between is read again.
                     revision, made_at = newest, began
@@ -131,7 +134,7 @@ class LiveStates(Generic[ViewT]):
 
     async def _remake(self, views: list[ViewT]) -> None:
         for view in views:
-            state = await run_in_threadpool(self._make, view)
+            state = await _in_daemon_thread(partial(self._make, view))
             self.made += 1
             if shown := self._views.get(view):
                 shown.id, shown.event = state.id, f"id: {state.id}\ndata: {state.text}\n\n".encode()
@@ -141,6 +144,32 @@ class LiveStates(Generic[ViewT]):
     def _wake(self) -> None:
         changed, self._changed = self._changed, asyncio.Event()
         changed.set()
+
+
+async def _in_daemon_thread(call: Callable[[], ResultT]) -> ResultT:
+    """The result of a call in a thread that no stop waits for: to make a state may take many seconds."""
+    loop = asyncio.get_running_loop()
+    result: asyncio.Future[ResultT] = loop.create_future()
+
+    def settle(value: ResultT | None, error: Exception | None) -> None:
+        if result.cancelled():
+            return
+        if error is not None:
+            result.set_exception(error)
+        else:
+            result.set_result(cast(ResultT, value))
+
+    def run() -> None:
+        value, problem = None, None
+        try:
+            value = call()
+        except Exception as error:
+            problem = error
+        with suppress(RuntimeError):  # the loop has ended, and whoever waited with it
+            loop.call_soon_threadsafe(settle, value, problem)
+
+    threading.Thread(target=run, name="fedmoe-live", daemon=True).start()
+    return await result
 
 
 async def _is_set(event: asyncio.Event, seconds: float) -> bool:
