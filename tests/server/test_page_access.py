@@ -8,6 +8,7 @@ from pathlib import Path
 
 import httpx2
 import pytest
+from builders import wait_until
 from live import ADMIN, JOIN, House, LiveServer, listening, open_house, push_headers, push_parameters
 from starlette.routing import Route
 from support import make_body
@@ -73,6 +74,18 @@ def test_a_pasted_token_becomes_a_cookie_that_counts_for_the_page_itself_alone(
     assert ask(server, "POST", "/retire_expert", headers=jar | OWN, **retire).status_code == 200
     ended = ask(server, "POST", "/session/end", headers=jar | OWN)
     assert "max-age=0" in ended.headers["set-cookie"].lower()
+    assert ask(server, "GET", "/status", headers=jar | OWN).status_code == 200  # the token is its owner's
+
+
+def test_a_login_by_a_link_ends_with_the_log_out_of_its_browser_and_no_other_one(
+    guarded: tuple[House, LiveServer],
+) -> None:
+    house, server = guarded
+    links = LoginLinks(house.gate)
+    mine, another = ({"cookie": f"{COOKIE}={links.exchange(links.new())}"} | OWN for _ in range(2))
+    assert ask(server, "POST", "/session/end", headers=mine).status_code == 204
+    wait_until(lambda: ask(server, "GET", "/status", headers=mine).status_code == 401, 30)
+    assert ask(server, "GET", "/status", headers=another).status_code == 200
 
 
 def test_a_link_works_once_and_not_for_long(guarded: tuple[House, LiveServer]) -> None:

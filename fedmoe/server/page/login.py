@@ -20,6 +20,8 @@ COOKIE = "fedmoe_token"
 LINK_SECONDS = 15 * 60.0
 SESSION_SECONDS = 30 * 86_400
 _SESSION = "/session"
+#: The label of tokens that nobody but the browser which opened a link has.
+BY_LINK = "login by a link"
 
 
 class LoginLinks:
@@ -42,7 +44,7 @@ class LoginLinks:
         if until is None or self._clock() > until:
             return None
         token = new_token()
-        self._gate.add(token, "admin", expires_in=SESSION_SECONDS, label="login by a link")
+        self._gate.add(token, "admin", expires_in=SESSION_SECONDS, label=BY_LINK)
         return token
 
 

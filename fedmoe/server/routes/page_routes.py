@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from fastapi import APIRouter, Request
+from starlette.background import BackgroundTask
 from starlette.responses import Response, StreamingResponse
 
 from fedmoe.runtime.errors import RefusedError
 from fedmoe.server.access.security import Principal, principal_of
 from fedmoe.server.federation_status import federation_status
-from fedmoe.server.page.login import own_page, with_cookie, without_cookie
+from fedmoe.server.page.login import BY_LINK, own_page, with_cookie, without_cookie
 from fedmoe.server.routes.app_state import parts_of
 from fedmoe.server.routes.weight_responses import refuse_without
 from fedmoe.server.service import CoordinatorService
@@ -49,4 +50,10 @@ async def log_in(request: Request) -> Response:
 
 @router.post("/session/end", status_code=204, response_class=Response)
 async def log_out(request: Request) -> Response:
-    return without_cookie(request.scope)
+    """Take the cookie back; a token that was made for this login ends, one that was pasted is its owner's to revoke."""
+    token, gate = principal_of(request).token, parts_of(request).tokens
+    answer = without_cookie(request.scope)
+    if token and gate.label(token) == BY_LINK:
+        # Once it is sent: what is under way with a revoked token is cut off.
+        answer.background = BackgroundTask(gate.revoke, token)
+    return answer
