@@ -6,7 +6,8 @@ REV is unpacked into a temporary folder and run in the same environment, found t
 turns, pair by pair and in alternating order, so that a change of the machine meets both; one pair before them warms up.
 
 - `update`: a coordinator process of each build takes `--updates` durable fp32 updates of SmolLM2-135M at rank 16 (19.5
-  MB) over loopback, from this build's client, and answers with the newest weights: its processor seconds an update.
+  MB) over loopback, from one worker as workers ask: for the newest weights, or the short answer where its own update is
+  all that is new. Its processor seconds an update; both must hold the same weights in the end.
 - `step`: a whole arena step (sample 8 x 32 tokens a policy, learn, publish) of `--policies` policies in process.
 - `merge`: ten adapters of rank 16 with the shapes of SmolLM2-135M merged by default (weighted average, 20 times) and by
   `regmean` (once), exactly; `--layers` of its 30 layers.
@@ -20,7 +21,6 @@ reported as `same_result`. Ratios are of pairs: below 1 this build takes less.
 from __future__ import annotations
 
 import argparse
-import hashlib
 import http.client
 import io
 import json
@@ -46,6 +46,7 @@ import psutil  # noqa: E402  # threads are pinned first
 from bench_coordinator import Prepared, prepare, running_coordinator  # noqa: E402
 from lib.coordinator_process import coordinator_process  # noqa: E402
 
+from fedmoe.wire.client import CoordinatorClient  # noqa: E402
 from fedmoe.wire.contract.messages import SAFETENSORS  # noqa: E402
 
 PARTS = ("update", "step", "merge", "help", "start")
@@ -92,36 +93,41 @@ def check_source(source: Path) -> None:
 
 @contextmanager
 def updates(source: Path, count: int, prepared: Prepared) -> Iterator[Side]:
-    """A coordinator of this build or of the other: `count` updates after one another, each answered with weights."""
+    """A coordinator of this build or of the other: `count` updates of one worker after one another."""
     with tempfile.TemporaryDirectory(prefix="against-") as state, running_coordinator(state, source) as running:
         seen = psutil.Process(running.pid)
         connection = http.client.HTTPConnection("127.0.0.1", running.port, timeout=120)
         sequence = 0
-        newest = b""
 
         def once() -> float:
-            nonlocal sequence, newest
+            nonlocal sequence
             before = sum(seen.cpu_times()[:2])
             for _ in range(count):
-                newest = push(connection, prepared, sequence)
+                push(connection, prepared, sequence)
                 sequence += 1
             return float(sum(seen.cpu_times()[:2]) - before) / count
 
-        yield once, lambda: hashlib.sha256(newest).hexdigest()
+        def digest() -> str:
+            with CoordinatorClient(running.url) as api:
+                pulled = api.pull_expert("expert-0")
+                assert pulled is not None
+                return pulled.digest
+
+        yield once, digest
         connection.close()
 
 
-def push(connection: http.client.HTTPConnection, prepared: Prepared, sequence: int) -> bytes:
-    """One durable update; gives the weights it is answered with."""
+def push(connection: http.client.HTTPConnection, prepared: Prepared, sequence: int) -> None:
+    """One durable update on the newest version."""
     parts, headers = prepared.unique(sequence)
-    fields = {"expert": "expert-0", "worker": "bench", "epoch": "bench", "sequence": sequence, "base_version": 0}
+    fields = {"expert": "expert-0", "worker": "bench", "epoch": "bench", "sequence": sequence, "base_version": sequence}
     query = urlencode({**fields, "answer": "weights"})
-    connection.request("POST", f"/push_expert_update?{query}", parts, headers | {"Accept": SAFETENSORS})
+    wishes = {"Accept": SAFETENSORS, "Prefer": "return=minimal"}
+    connection.request("POST", f"/push_expert_update?{query}", parts, headers | wishes)
     response = connection.getresponse()
     answer = response.read()
     if response.status != 200:
         raise RuntimeError(f"push answered {response.status}: {answer[:300]!r}")
-    return answer
 
 
 @contextmanager
