@@ -1,14 +1,17 @@
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 
 import pytest
+from builders import wait_until
 from support import MANIFEST, make_flat, make_submission
 
 from fedmoe.coordinator import CentralCoordinator, Transaction
 from fedmoe.federation.events import Event, UpdateAccepted
+from fedmoe.lora.adapter import FloatVector
 from fedmoe.runtime.errors import RefusedError
 from fedmoe.server.storage.blobs import StorageFailedError
 from fedmoe.server.storage.journal import NotOwnerError, UnstorableError
@@ -249,3 +252,21 @@ def test_what_comes_after_the_end_is_refused_and_nobody_waits_for_ever() -> None
     with pytest.raises(NotOwnerError):
         house.push(1).result(10)
     assert house.gate.journal.count() == 1
+
+
+def test_what_was_decided_is_let_go_of_while_nothing_else_waits(house: House) -> None:
+    deltas = [make_flat(number) for number in range(3)]
+    alive = [weakref.ref(delta) for delta in deltas]
+
+    def landing(number: int, delta: FloatVector) -> Callable[[Transaction], UpdateAccepted]:
+        def decide(transaction: Transaction) -> UpdateAccepted:
+            event = transaction.admit(make_submission(base_version=number, sequence=number), 0.0)
+            transaction.apply(event, delta)
+            return event
+
+        return decide
+
+    answers = [house.committer.submit(landing(number, delta)) for number, delta in enumerate(deltas)]
+    del deltas
+    assert [answer.result(30).version for answer in answers] == [1, 2, 3]
+    wait_until(lambda: all(delta() is None for delta in alive), 30)

@@ -113,6 +113,7 @@ class Committer:
     def _run(self) -> None:
         for group in self._groups():
             self._commit(group)
+            group.clear()  # while nothing else waits, what was decided would stay in memory
         self._ended = True
         self._refuse_waiting()
 
@@ -140,7 +141,9 @@ class Committer:
             if job is None:
                 return
             group.append(job)
-            if job.alone or len(group) == _MAX_GROUP:
+            full = job.alone or len(group) == _MAX_GROUP
+            del job  # it holds an update
+            if full:
                 yield group
                 group = []
 
