@@ -1,6 +1,6 @@
 """This build beside an earlier one, in one run: processor seconds of an update, an arena step, merges, starts.
 
-    python benchmarks/bench_against.py --against REV [--pairs 5] [--parts update step merge help start]
+    python benchmarks/bench_against.py --against REV [--pairs 5] [--parts update list step merge help start]
 
 REV is unpacked into a temporary folder and run in the same environment, found through PYTHONPATH. Both builds take
 turns, pair by pair and in alternating order, so that a change of the machine meets both; one pair before them warms up.
@@ -8,6 +8,7 @@ turns, pair by pair and in alternating order, so that a change of the machine me
 - `update`: a coordinator process of each build takes `--updates` durable fp32 updates of SmolLM2-135M at rank 16 (19.5
   MB) over loopback, from one worker as workers ask: for the newest weights, or the short answer where its own update is
   all that is new. Its processor seconds an update; both must hold the same weights in the end.
+- `list`: the list of 50 experts of that size and the gateway's facts, asked for after an update: its processor seconds.
 - `step`: a whole arena step (sample 8 x 32 tokens a policy, learn, publish) of `--policies` policies in process.
 - `merge`: ten adapters of rank 16 with the shapes of SmolLM2-135M merged by default (weighted average, 20 times) and by
   `regmean` (once), exactly; `--layers` of its 30 layers.
@@ -43,16 +44,17 @@ from lib.harness import ROOT, pin_threads, write_result
 pin_threads(1)
 
 import psutil  # noqa: E402  # threads are pinned first
-from bench_coordinator import Prepared, prepare, running_coordinator  # noqa: E402
+from bench_coordinator import MANIFEST, Prepared, prepare, running_coordinator  # noqa: E402
 from lib.coordinator_process import coordinator_process  # noqa: E402
 
 from fedmoe.wire.client import CoordinatorClient  # noqa: E402
 from fedmoe.wire.contract.messages import SAFETENSORS  # noqa: E402
 
-PARTS = ("update", "step", "merge", "help", "start")
+PARTS = ("update", "list", "step", "merge", "help", "start")
 #: Name -> way, and how often one measurement does it: a second of work at least, or page faults decide.
 WAYS = {"merge, default": ("weighted_average, exact", 20), "merge, regmean": ("regmean, exact", 1)}
 HELPS = 5
+LISTED = 50
 WORK = Path(__file__).parent / "lib" / "against_work.py"
 #: A micro-batch holds the samples of one policy, as in `bench_arena_throughput.py`.
 MICRO_BATCH_TOKENS = 320
@@ -117,10 +119,38 @@ def updates(source: Path, count: int, prepared: Prepared) -> Iterator[Side]:
         connection.close()
 
 
-def push(connection: http.client.HTTPConnection, prepared: Prepared, sequence: int) -> None:
+@contextmanager
+def listings(source: Path, prepared: Prepared) -> Iterator[Side]:
+    """A coordinator of this build or of the other with `LISTED` experts that have learned something."""
+    with tempfile.TemporaryDirectory(prefix="against-") as state, running_coordinator(state, source) as running:
+        seen = psutil.Process(running.pid)
+        connection = http.client.HTTPConnection("127.0.0.1", running.port, timeout=600)
+        with CoordinatorClient(running.url) as api:
+            for number in range(LISTED):
+                api.register(f"expert-{number}", "bench", MANIFEST)
+                push(connection, prepared, 0, f"expert-{number}")
+        sequence = 0
+
+        def once() -> float:
+            nonlocal sequence
+            sequence += 1
+            push(connection, prepared, sequence)
+            before = sum(seen.cpu_times()[:2])
+            for path in ("/list_experts", "/get_gateway_info"):
+                connection.request("GET", path)
+                answer = connection.getresponse()
+                assert answer.status == 200, answer.read()[:300]
+                answer.read()
+            return float(sum(seen.cpu_times()[:2]) - before)
+
+        yield once, lambda: None
+        connection.close()
+
+
+def push(connection: http.client.HTTPConnection, prepared: Prepared, sequence: int, expert: str = "expert-0") -> None:
     """One durable update on the newest version."""
     parts, headers = prepared.unique(sequence)
-    fields = {"expert": "expert-0", "worker": "bench", "epoch": "bench", "sequence": sequence, "base_version": sequence}
+    fields = {"expert": expert, "worker": expert, "epoch": "bench", "sequence": sequence, "base_version": sequence}
     query = urlencode({**fields, "answer": "weights"})
     wishes = {"Accept": SAFETENSORS, "Prefer": "return=minimal"}
     connection.request("POST", f"/push_expert_update?{query}", parts, headers | wishes)
@@ -234,6 +264,8 @@ def cases(options: argparse.Namespace) -> Iterator[tuple[str, Callable[[Path], A
     """What is compared: its name, and how a side of it is opened."""
     if "update" in options.parts:
         yield "update", partial(updates, count=options.updates, prepared=prepare("fp32"))
+    if "list" in options.parts:
+        yield f"list and gateway's facts, {LISTED} experts", partial(listings, prepared=prepare("fp32"))
     if "step" in options.parts:
         step = {"base": options.base, "policies": options.policies, "micro_batch_tokens": MICRO_BATCH_TOKENS}
         yield f"arena step, {options.policies} policies", partial(work, kind="step", options=step)
