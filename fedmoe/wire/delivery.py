@@ -10,6 +10,7 @@ from concurrent import futures
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
+import numpy as np
 import structlog
 
 from fedmoe.lora.codec import WireDtype, decode, digest
@@ -155,11 +156,13 @@ class Delivery:
         if base is None or result.weights_digest is None or result.version != base.version + 1:
             return None
         delta = decode(self.pending.body, base.manifest.layout).flat
+        with np.errstate(over="ignore", invalid="ignore"):  # a coefficient that is none gives another digest
+            weights = add_scaled(base.weights, delta, result.coefficient)
         newest = replace(
             base,
             version=result.version,
             digest=result.weights_digest,
-            weights=add_scaled(base.weights, delta, result.coefficient),
+            weights=weights,
             etag="",
             incarnation=result.incarnation or base.incarnation,
         )

@@ -79,6 +79,7 @@ class Lying(Road):
     def __init__(self, lie: Lie, times: int) -> None:
         super().__init__()
         self._lie, self.times = lie, times
+        self.without = "prefer"  # so that there are weights to lie about
 
     def handle_request(self, request: httpx2.Request) -> httpx2.Response:
         response = super().handle_request(request)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
+import httpx2
 import numpy as np
 import pytest
-from workers import Federation, Road, Setup, blocks, federation, wait_for_answer
+from workers import PUSH, Federation, Road, Setup, blocks, federation, wait_for_answer
 
 from fedmoe.lora.codec import WireDtype
 
@@ -82,11 +84,29 @@ def test_an_update_sent_again_since_its_answer_was_lost_is_answered_as_shortly(
     np.testing.assert_array_equal(worker._base.weights, house.weights)
 
 
+class Lying(Road):
+    """The way to a coordinator whose short answers say something else."""
+
+    def __init__(self, **others: object) -> None:
+        super().__init__()
+        self._others = others
+
+    def handle_request(self, request: httpx2.Request) -> httpx2.Response:
+        answer = super().handle_request(request)
+        if request.url.path != PUSH:
+            return answer
+        told = json.loads(answer.read()) | self._others
+        answer.close()
+        content = json.dumps(told).encode()
+        headers = {name: value for name, value in answer.headers.items() if name != "content-length"}
+        return httpx2.Response(200, headers=headers, stream=httpx2.ByteStream(content))
+
+
+@pytest.mark.parametrize("lie", [{"weights_digest": "f" * 64}, {"coefficient": 1e300}, {"coefficient": 0.5}])
 def test_weights_that_are_not_those_of_the_coordinator_are_pulled_instead(
-    house: Federation, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    lie: dict[str, object], house: Federation, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("fedmoe.server.routes.routes._digest_for_minimal", lambda *_: "f" * 64)
-    road = Road()
+    road = Lying(**lie)
     worker = Setup(house.url, tmp_path / "w1", steps=4, every=2, road=road, after_step=wait_for_answer).run()
     assert worker._base is not None
     assert "weights_differ" in "".join(capsys.readouterr())
