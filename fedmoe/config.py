@@ -118,7 +118,7 @@ class CoordinatorConfig(_ProcessConfig):
     replica: WorkerName | None = None
     advertise: Annotated[str, AfterValidator(usable_url)] | None = None
     replica_secret_file: str | None = None
-    lease_seconds: Annotated[float, Field(ge=0.5, le=60, allow_inf_nan=False)] = 3.0
+    lease_seconds: Annotated[float, Field(ge=0.5, le=60, allow_inf_nan=False)] = 2.0
     enable_gateway: bool = True
     strategy: str = "weighted_average"
     gateway_rank: Annotated[int, Field(ge=1, le=4096)] | None = None

@@ -38,7 +38,7 @@ _OPTIONS: Mapping[str, OptionText] = {
     "replica": "Name of this one of several coordinators of a federation.",
     "advertise": "URL at which the other replicas reach this one.",
     "replica_secret_file": "File with the secret that all replicas share.",
-    "lease_seconds": "Seconds after which another replica takes over from one that is gone. [default: 3]",
+    "lease_seconds": "Seconds after which another replica takes over from one that is gone. [default: 2]",
     "enable_gateway": "Make a gateway of all experts. [default: on]",
     "strategy": "How experts are merged: weighted_average (default), sum, concat, scaled, regmean.",
     "gateway_rank": "Cut the gateway to this rank. [default: exact; regmean: by energy, up to 64]",

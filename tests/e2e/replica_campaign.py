@@ -41,6 +41,10 @@ from crash_load import EXPERTS, Told, gather, register  # noqa: E402
 from postgres_server import PostgresServer  # noqa: E402
 from replica_house import Replica, ReplicaHouse, RotatingPusher, open_house  # noqa: E402
 
+from fedmoe.config import CoordinatorConfig  # noqa: E402
+
+#: What an operator gets who sets none.
+LEASE = float(CoordinatorConfig.model_fields["lease_seconds"].default)
 _PLACES = ("push.stored", "commit.before", "journal.before_commit", "journal.committed", "commit.published")
 
 
@@ -219,7 +223,7 @@ def measure(house: ReplicaHouse, takeovers: int, every: float) -> dict[str, obje
     answered = sorted(answer.at for push in told.pushes for answer in push.answers)
     gaps = [_silence(answered, killed) for killed in kills]
     return {
-        "lease_seconds": 3.0,
+        "lease_seconds": LEASE,
         "takeovers": takeovers,
         "every_seconds": every,
         "silence_seconds": {name: round(float(np.percentile(gaps, at)), 2) for name, at in _PERCENTILES},
@@ -235,7 +239,7 @@ def compare_rates(server: PostgresServer, rounds: int, seconds: float) -> dict[s
     measured: dict[int, list[tuple[float, float]]] = {1: [], 3: []}
     for number in range(rounds):
         for count in sorted(measured, reverse=bool(number % 2)):
-            with tempfile.TemporaryDirectory() as folder, open_house(Path(folder), server, count, lease=3.0) as house:
+            with tempfile.TemporaryDirectory() as folder, open_house(Path(folder), server, count, lease=LEASE) as house:
                 measured[count].append(_rate_of(house, seconds))
     rates, costs = (
         {count: statistics.median(row[place] for row in rows) for count, rows in measured.items()} for place in (0, 1)
@@ -328,7 +332,7 @@ def main() -> None:
             if given.rates:
                 report = {"measured": "rates", **compare_rates(server, given.rates, given.every)}
             elif given.takeovers:
-                with open_house(Path(folder), server, lease=3.0) as house:
+                with open_house(Path(folder), server, lease=LEASE) as house:
                     report = {"measured": "takeovers", **measure(house, given.takeovers, given.every)}
             else:
                 plan = Plan(given.seed, given.kills, given.pauses, given.partitions, given.restarts)
