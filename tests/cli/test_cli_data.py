@@ -10,6 +10,8 @@ import pytest
 from builders import write_rows
 from command import Outcome
 
+from fedmoe.datasets.row_scan import check_file
+
 Run = Callable[..., Outcome]
 TURNS = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "So."}]
 
@@ -120,9 +122,17 @@ def test_columns_are_mapped_and_a_wrong_map_says_how(fedmoe: Run, tmp_path: Path
     assert "--map takes COLUMN=NAME" in fedmoe("data", "check", file, "--map", "frage").err
 
 
+def read_rows(file: Path) -> list[dict[str, str]]:
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
 def test_the_demonstrations_data_are_made_from_installed_packages_and_not_again(fedmoe: Run, tmp_path: Path) -> None:
     first = fedmoe("data", "build", "--domain", "python", "--out", str(tmp_path))
     assert (first.status, first.out.splitlines()[0]) == (0, "python: reading its source")
-    rows = (tmp_path / "python" / "train.jsonl").read_text().splitlines()
-    assert f"python: {len(rows):,} train and " in first.out
+    train, test = (read_rows(tmp_path / "python" / f"{side}.jsonl") for side in ("train", "test"))
+    assert f"python: {len(train):,} train and " in first.out
+    assert sum(len(row["text"]) for row in train) > 1_000_000
+    assert len({row["file"] for row in test}) >= 20
+    assert not {row["file"] for row in test} & {row["file"] for row in train}
+    assert check_file(tmp_path / "python" / "test.jsonl").bad_count == 0
     assert "python: already there" in fedmoe("data", "build", "--domain", "python", "--out", str(tmp_path)).out

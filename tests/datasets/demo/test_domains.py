@@ -237,13 +237,6 @@ def test_the_recipes_take_the_files_meant() -> None:
     assert RECIPES["python"].source is None
 
 
-def test_the_python_domain_builds_from_the_running_interpreter(tmp_path: Path) -> None:
-    summary = build_domains(tmp_path, ["python"])["python"]
-    assert summary.test.files >= 20
-    assert summary.train.chars > 1_000_000
-    assert check_file(summary.folder / "test.jsonl").bad_count == 0
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["sql", "docs"])
 def test_the_packaged_domains_build_from_the_index(tmp_path: Path, name: str) -> None:
