@@ -98,7 +98,8 @@ class WorkerPlan:
             lines.append(
                 f"  network: {_megabytes(traffic.push_bytes)} a push ({traffic.wire_dtype}) every "
                 f"{traffic.sync_interval:g} s: {traffic.upload_gb_per_hour:.3g} GB an hour up, "
-                f"{traffic.download_gb_per_hour:.3g} GB down"
+                f"{traffic.download_gb_per_hour:.3g} GB down at most, "
+                "next to nothing where no other worker trains the expert"
             )
         return [*lines, f"  first push: {self.first_push_seconds:g} s after the first step begins, or when it is done"]
 
