@@ -45,6 +45,9 @@ def start_worker(config: WorkerConfig, dry_run: bool = False, as_json: bool = Fa
         _show(plan, as_json)
     if not dry_run:
         _log.info("phase", phase="loading PyTorch")
+        import fedmoe.runtime.device  # noqa: F401  # brings PyTorch alone
+
+        _log.info("phase", phase="loading transformers")
         from fedmoe.cli.worker_setup import run_worker
 
         run_worker(config, chat)

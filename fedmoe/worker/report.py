@@ -26,6 +26,7 @@ _log = structlog.get_logger("fedmoe.worker")
 _HELD = "the coordinator keeps it until an administrator decides; training goes on without it and nothing is sent twice"
 Phase = Literal["loading the base model", "preparing data", "statistics of the data", "held-out loss", "training"]
 _SECONDS_WITHOUT_A_LINE = 5.0
+_MOST_SECONDS_WITHOUT_A_LINE = 60.0
 
 
 class WorkerReport:
@@ -47,13 +48,24 @@ class WorkerReport:
         self._statuses: dict[int, str] = {}
         self._notes: set[str] = set()
         self._line_at = time.monotonic()
+        self._silence = _SECONDS_WITHOUT_A_LINE
 
     def close(self) -> None:
         self._records.close()
 
     def step(self, record: StepRecord, version: int) -> None:
-        """One training step on top of `version`."""
+        """One training step on top of `version`.
+
+        The first one is logged, and later ones after 5 s without a line, then 10, 20, 40 and 60.
+        """
+        first = self._pace.newest is None
         self._pace.add(record)
+        if first or time.monotonic() - self._line_at >= self._silence:
+            if not first:
+                self._silence = min(2 * self._silence, _MOST_SECONDS_WITHOUT_A_LINE)
+            self._line_at = time.monotonic()
+            loss = round(record.loss, 4) if math.isfinite(record.loss) else None
+            _log.info("step", **self._progress(), loss=loss)
         self._records.write(
             "step",
             worker=self._worker,
@@ -127,6 +139,7 @@ class WorkerReport:
             "bytes": len(pending.body),
         }
         shown, seconds = None if loss is None else round(loss, 4), round(answer.seconds, 3)
+        self._line_at = time.monotonic()
         _log.info("pushed", **self._progress(), **pushed, duplicate=result.duplicate, loss=shown, seconds=seconds)
         measured = {**pushed, "loss": loss, "seconds": answer.seconds}
         self._records.write("push", worker=self._worker, expert=self._expert, **measured)

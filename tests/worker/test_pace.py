@@ -72,3 +72,18 @@ def test_a_long_measurement_of_the_held_out_loss_says_how_far_it_is(
             report.measuring(done, 4)
     report.close()
     assert lines == [{"event": "phase", "log_level": "info", "phase": "held-out loss", "done": 3, "total": 4}]
+
+
+def test_steps_show_that_training_goes_on_where_no_sync_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 100.0
+    monkeypatch.setattr("fedmoe.worker.report.time.monotonic", lambda: now)
+    report = WorkerReport(tmp_path, "w1", "law")
+    at: list[float] = []
+    for number in range(1, 301):
+        now += 1.0
+        with capture_logs() as lines:
+            report.step(step(number, seconds=1.0), 1)
+        at += [now - 100.0] * len(lines)
+        assert all(line["event"] == "step" and line["step"] == number for line in lines)
+    report.close()
+    assert at == [1, 6, 16, 36, 76, 136, 196, 256]
