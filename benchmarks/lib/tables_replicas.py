@@ -25,10 +25,17 @@ def disturbances() -> str:
 def takeovers() -> str:
     """One row a run that measures, with the default lease."""
     runs = [run for run in document("replicas")["runs"] if "takeovers" in run]
-    header = ["owners killed", "every", "nobody answered for: p50 / p99 / longest", "updates/s undisturbed / disturbed"]
+    header = [
+        "owners killed",
+        "lease",
+        "every",
+        "nobody answered for: p50 / p99 / longest",
+        "updates/s undisturbed / disturbed",
+    ]
     rows = [
         [
             f"{run['takeovers']}",
+            f"{run['lease_seconds']:g} s",
             f"{run['every_seconds']:g} s",
             " / ".join(f"{run['silence_seconds'][name]:.1f} s" for name in ("p50", "p99", "max")),
             f"{run['updates_per_second']['undisturbed']:.1f} / {run['updates_per_second']['disturbed']:.1f}",
