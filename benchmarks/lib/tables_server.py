@@ -245,17 +245,17 @@ def serve_swap() -> str:
     return table(["back end", "failed", "mixed", "latency ms", "without new versions", "swap ms"], rows)
 
 
-def against() -> str:
-    """This build beside an earlier one; digits as small times need them."""
+def against(name: str = "against") -> str:
+    """This build beside an earlier one, from the results of this name; digits as small times need them."""
     rows = []
-    for name, row in results("against")["measured"].items():
+    for part_name, row in results(name)["measured"].items():
         digits = 4 if row["now"]["median"] < 0.1 else 2
         cells = [
             spread(part["median"], part["minimum"], part["maximum"], places)
             for part, places in ((row["before"], digits), (row["now"], digits), (row["ratio"], 2))
         ]
         same = {True: "yes", False: "no", None: ""}[row["same_result"]]
-        rows.append([name, *cells, same])
+        rows.append([part_name, *cells, same])
     return table(["", "before, CPU s", "now, CPU s", "now / before", "same bits"], rows)
 
 
