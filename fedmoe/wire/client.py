@@ -169,8 +169,7 @@ class CoordinatorClient:
 
     def gateway_info(self, merged: bool = False) -> experts.GatewayInfo:
         """The gateway without its weights; with `merged` also what only a merge tells, such as rank and digest."""
-        params: dict[str, bool | str] = {"merged": True} if merged else {}
-        return parsed(self._retried("GET", "/get_gateway_info", params=params), experts.GatewayInfo)
+        return parsed(self._retried("GET", "/get_gateway_info", params={"merged": merged}), experts.GatewayInfo)
 
     def register(
         self, expert: str, worker: str, manifest: Manifest, start_from: messages.StartFrom | None = None
@@ -201,9 +200,8 @@ class CoordinatorClient:
         `manifest` is the one the expert was registered with: newest weights of another are refused. With `minimal` no
         weights need to come where the newest are the base plus this update.
         """
-        headers, bounds = body_headers(body) | _TENSORS, BodySizeLimits.of(manifest)
-        if minimal:
-            headers |= {"Prefer": messages.MINIMAL}
+        headers = body_headers(body) | _TENSORS | ({"Prefer": messages.MINIMAL} if minimal else {})
+        bounds = BodySizeLimits.of(manifest)
         params = header.model_dump(exclude_none=True)
         answer = self._once("POST", "/push_expert_update", bounds, params=params, content=body, headers=headers)
         if answer.type != SAFETENSORS:
@@ -348,8 +346,7 @@ class CoordinatorClient:
         raise AssertionError("the last attempt returns or raises")
 
     def _once(self, method: str, path: str, bounds: BodySizeLimits = _JSON, **options: object) -> Answer:
-        content = options.get("content")
-        sent = content if isinstance(content, bytes) else b""
+        sent = content if isinstance(content := options.get("content"), bytes) else b""
         try:
             with self._http.stream(method, path, **options) as response:  # type: ignore[arg-type]
                 answer = read(response, bounds, self._proxy.shown if self._proxy else "", sent)
