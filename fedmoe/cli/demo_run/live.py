@@ -69,6 +69,8 @@ class _WorkerProgress:
         # What an earlier run of the same folder logged is over.
         self._log = _objects(log, log.stat().st_size if log.exists() else 0)
         self.phase = STARTING
+        #: Whether training has begun; what is done beside it has phases too.
+        self.trains = False
         self.step: dict[str, Any] | None = None
         self.pushes = 0
 
@@ -76,12 +78,14 @@ class _WorkerProgress:
         while (record := next(self._records)) is not None:
             if record["kind"] == "step":
                 self.step = record
+                self.phase = TRAINING if self.trains else self.phase
             self.pushes += record["kind"] == "push"
         while (event := next(self._log)) is not None:
             if event.get("event") == "phase":
                 done = f" {event['done']:,}" if "done" in event else ""
                 total = f"/{event['total']:,}" if "total" in event else ""
                 self.phase = f"{event['phase']}{done}{total}"
+                self.trains = self.trains or self.phase == TRAINING
 
 
 class DemoView:
@@ -130,7 +134,7 @@ class DemoView:
         for name, worker in self._workers.items():
             step, numbers = worker.step, ["-"] * 4
             done = step["step"] if step is not None else 0
-            if step is not None and worker.phase == TRAINING:
+            if step is not None and worker.trains:
                 speed = f"{step['tokens_per_second'] or 0:.0f}"
                 numbers = [f"{step['loss']:.3f}", speed, str(step["version"]), str(step["staleness"])]
             yield (name, worker.phase, f"{done}/{self._plan.steps}", *numbers, str(worker.pushes))

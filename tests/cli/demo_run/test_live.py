@@ -82,6 +82,23 @@ def test_the_phase_of_an_earlier_run_is_over(tmp_path: Path) -> None:
     assert "step 4/9" in lines[0]
 
 
+def test_what_is_done_beside_the_steps_hides_none_of_their_numbers(tmp_path: Path) -> None:
+    plan = DemoPlan(tmp_path, tmp_path / "data", steps=9)
+    metrics = written(plan, 0)
+    with DemoView(plan, Console(file=(out := io.StringIO()), force_terminal=False, width=200)) as view:
+        said(plan, 0, event="phase", phase="training")
+        for number, phase in ((1, "statistics of the data"), (2, "held-out loss"), (3, None)):
+            step(metrics, number)
+            view.refresh(force=True)
+            if phase is not None:
+                said(plan, 0, event="phase", phase=phase, done=5, total=9)
+                view.refresh(force=True)
+        told = [line for line in out.getvalue().splitlines() if line.startswith("Worker-1")]
+    phases = [line.split("phase ")[1].split("  step")[0] for line in told]
+    assert phases == ["training", "statistics of the data 5/9", "training", "held-out loss 5/9", "training"]
+    assert all("loss -" not in line for line in told)
+
+
 def test_what_a_worker_logs_is_what_is_shown(tmp_path: Path) -> None:
     plan = DemoPlan(tmp_path, tmp_path / "data", steps=9)
 
