@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 from collections.abc import Callable, Mapping
@@ -118,8 +119,8 @@ def probe(process: str) -> tuple[Callable[..., object], list[BaseSettings]]:
     return typer.main.get_command(app), configurations
 
 
-#: Whether a flag, a variable and the file say something: each is taken away in turn, and each speaks alone.
-LEVELS = [(True, True, True), (False, True, True), (False, False, True), (False, False, False), (True, False, False)]
+#: Whether a flag, a variable and the file say something, in every combination.
+LEVELS = list(itertools.product((True, False), repeat=3))
 
 
 @pytest.mark.parametrize(("process", "name"), FIELDS)
