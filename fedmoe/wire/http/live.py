@@ -16,6 +16,8 @@ from starlette.requests import Request
 from starlette.responses import StreamingResponse
 
 EVENTS = "text/event-stream"
+#: Marks, in the state of a request, an answer that goes on until its reader leaves or the server stops.
+WITHOUT_END = "without_end"
 #: The least time between two messages.
 LEAST_SECONDS = 0.5
 # Proxies cut connections that say nothing for a minute.
@@ -78,6 +80,7 @@ class LiveStates(Generic[ViewT]):
         """The answer to a request for a view's states, which goes on where the reader was."""
         # Proxies that gather answers would keep each event until there are many.
         headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no", "X-Content-Type-Options": "nosniff"}
+        setattr(request.state, WITHOUT_END, True)
         stream = self.stream(view, request.headers.get("last-event-id"))
         return StreamingResponse(stream, headers=headers, media_type=EVENTS)
 

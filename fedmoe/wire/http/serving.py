@@ -21,6 +21,8 @@ import uvicorn
 from starlette.types import ASGIApp
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
+from fedmoe.wire.http.live import WITHOUT_END
+
 _log = structlog.get_logger("fedmoe.http")
 
 HEAD_SECONDS = 10.0
@@ -31,6 +33,8 @@ DRAIN_SECONDS = 30
 #: How often the progress of a receiver is measured, and what it must read in between.
 WRITE_SECONDS = 20.0
 MIN_READ_BYTES_PER_SECOND = 16 << 10
+# How long a reader of an answer without an end has at a stop to take what was written before.
+_LAST_READ_SECONDS = 1.0
 # After a refusal the rest of the head is thrown away this long; closing at once could destroy the answer on its way.
 _LINGER_SECONDS = 2.0
 _SLICE = 16 << 10
@@ -49,6 +53,7 @@ class GuardedProtocol(HttpToolsProtocol):
 
     _head_timer: asyncio.TimerHandle | None = None
     _write_timer: asyncio.TimerHandle | None = None
+    _stop_timer: asyncio.TimerHandle | None = None
     _opening = b""
     _head_bytes = 0
     _in_head = True
@@ -66,7 +71,15 @@ class GuardedProtocol(HttpToolsProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop_head_timer()
         self._stop_write_timer()
+        if self._stop_timer is not None:
+            self._stop_timer.cancel()
         super().connection_lost(exc)
+
+    def shutdown(self) -> None:
+        """What uvicorn calls at a stop; a page that does not read its stream, as one in the background, is cut off."""
+        super().shutdown()
+        if self.cycle is not None and self.cycle.scope["state"].get(WITHOUT_END):
+            self._stop_timer = self.loop.call_later(_LAST_READ_SECONDS, self.transport.abort)
 
     def data_received(self, data: bytes) -> None:
         if self._refused:
