@@ -7,7 +7,7 @@ import math
 import os
 import re
 from collections.abc import Mapping
-from typing import Annotated, Literal
+from typing import Annotated, Literal, cast
 
 from pydantic import (
     AfterValidator,
@@ -19,11 +19,12 @@ from pydantic import (
     field_validator,
     model_validator,
 )
-from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
+from pydantic_settings import BaseSettings, EnvSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
 
 from fedmoe.federation import plug_ins
 from fedmoe.lora.codec import WireDtype
 from fedmoe.runtime.config_file import FileSource
+from fedmoe.runtime.trackers import REPORT_TO, usable_trackers
 from fedmoe.runtime.urls import usable_blobs, usable_coordinator, usable_database, usable_url
 from fedmoe.wire.contract.messages import DEFAULT_PORT, MAX_PARAMETERS, ExpertName, StartFrom, WorkerName
 
@@ -85,6 +86,11 @@ class _ProcessConfig(BaseSettings):
         cls, settings_cls: type[BaseSettings], *sources: PydanticBaseSettingsSource, **named: PydanticBaseSettingsSource
     ) -> tuple[PydanticBaseSettingsSource, ...]:
         """Flags, else environment, else the file's section."""
+        environment = cast(EnvSettingsSource, named["env_settings"])
+        # Names of fields are aliases, which pydantic would read as variables: TOKEN, DATABASE_URL.
+        environment.env_vars = {
+            name: value for name, value in environment.env_vars.items() if name.startswith("fedmoe_")
+        }
         return named["init_settings"], named["env_settings"], FileSource(settings_cls, PROCESSES)
 
     @model_validator(mode="before")
@@ -242,7 +248,7 @@ class EvaluatorConfig(_CallerConfig):
 
 
 class WorkerConfig(_CallerConfig):
-    """Parameters of a worker; environment variables are `FEDMOE_WORKER_...`, and `FEDMOE_TOKEN`.
+    """Parameters of a worker; environment variables are `FEDMOE_WORKER_...`, `FEDMOE_TOKEN` and `FEDMOE_REPORT_TO`.
 
     Training parameters carry the names of Hugging Face's TrainingArguments and LoraConfig.
     """
@@ -287,6 +293,9 @@ class WorkerConfig(_CallerConfig):
     target_modules: tuple[Annotated[str, Field(min_length=1)], ...] = Field(default=("all-linear",), min_length=1)
     seed: Annotated[int, Field(ge=0)] = 0
     send_statistics: bool = True
+    report_to: Annotated[str, AfterValidator(usable_trackers)] = Field(
+        default="", validation_alias=AliasChoices("report_to", "FEDMOE_WORKER_REPORT_TO", REPORT_TO)
+    )
 
     @model_validator(mode="after")
     def _schedule_has_an_end(self) -> WorkerConfig:

@@ -63,7 +63,7 @@ _NON_FINITE_LIMIT = 5
 
 @dataclass(frozen=True, slots=True)
 class SyncSettings:
-    """How a worker syncs: seconds between pushes, how long it trains on unanswered, wire precision, start asked for."""
+    """How a worker syncs: intervals in seconds, wire precision, the start it asks for; trackers that it reports to."""
 
     worker: str
     expert: str
@@ -72,6 +72,7 @@ class SyncSettings:
     wire_dtype: WireDtype = "fp32"
     start_from: StartFrom | None = None
     allow_changed_data: bool = False
+    report_to: str = ""
 
 
 class DistributedWorker:
@@ -92,14 +93,13 @@ class DistributedWorker:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.worker = worker
-        self._client = client
-        self._settings = settings
+        self._client, self._settings = client, settings
         self._state_dir, self._checkpoints = state_dir, state_dir / "checkpoint"
         self._group = worker.expert.group
         self._talks = self._group.rank == 0
         self._outbox = outbox
-        steps = worker.expert.training.max_steps or None
-        self._report = WorkerReport(state_dir, settings.worker, settings.expert, steps) if self._talks else None
+        report = (settings.worker, settings.expert, worker.expert.training.max_steps or None, settings.report_to)
+        self._report = WorkerReport(state_dir, *report) if self._talks else None
         self._on_step, self._on_registered, self._clock = on_step, on_registered, clock
         self._stop = threading.Event()
         self._delivery: Delivery | None = None

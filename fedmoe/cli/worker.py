@@ -66,6 +66,9 @@ _OPTIONS: Mapping[str, OptionText] = {
     "target_modules": "Ends of module names, repeatable. [default: the federation's, all-linear for its first]",
     "seed": "Seed of the order of the data. [default: 0]",
     "send_statistics": "Send statistics of the data for merging and routing. [default: on]",
+    "report_to": typer.Option(
+        metavar="NAMES", help="Also send metrics to: trackio, wandb, mlflow, with commas between. [default: none]"
+    ),
     "token": JOIN_TOKEN,
 }
 

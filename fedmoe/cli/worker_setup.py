@@ -118,7 +118,7 @@ def _train(
     lora = LoraConfig(config.lora_r, config.lora_alpha, config.lora_dropout, _targets(config), seed)
     settings = SyncSettings(
         *(config.worker_id, config.specialty, config.sync_interval, config.max_unsynced),
-        *(config.wire_dtype, config.start_from, config.allow_changed_data),
+        *(config.wire_dtype, config.start_from, config.allow_changed_data, config.report_to),
     )
     try:
         expert = QwenLoRAExpert(base, lora, data.training, group)

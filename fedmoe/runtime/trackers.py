@@ -29,6 +29,10 @@ class TrackerError(ExpectedError):
     """A tracker is not known, not installed, or cannot be opened; the message says what to do."""
 
 
+class TrackerNameError(TrackerError, ValueError):
+    """A name that is no tracker's."""
+
+
 @dataclass(frozen=True, slots=True)
 class TrackedRun:
     """An open run of a tracker: `log` takes values by name at a step, `finish` makes them durable."""
@@ -88,18 +92,28 @@ class Tracker:
             self._error = error
 
 
+def usable_trackers(names: str) -> str:
+    """`names` as they are if all are trackers; raises ValueError, which names those that there are."""
+    _chosen(names)
+    return names
+
+
+def _chosen(names: str) -> list[str]:
+    chosen = list(dict.fromkeys(name for name in re.split(r"[,\s]+", names) if name))
+    if unknown := [name for name in chosen if name not in _OPENERS]:
+        raise TrackerNameError(f"{', '.join(unknown)}: no such tracker to report to; there are {', '.join(_OPENERS)}")
+    return chosen
+
+
 def open_trackers(names: str, run: str, folder: Path) -> list[Tracker]:
     """Trackers for a run of this name; `names` are trackio, wandb, mlflow, with commas between them; empty for none.
 
     What they keep on this machine lies in `folder`, unless their own environment variables name another place. Raises
     `TrackerError`.
     """
-    chosen = list(dict.fromkeys(name for name in re.split(r"[,\s]+", names) if name))
-    if unknown := [name for name in chosen if name not in _OPENERS]:
-        raise TrackerError(f"{', '.join(unknown)}: no such tracker to report to; there are {', '.join(_OPENERS)}")
     with ExitStack() as opened:
         trackers = []
-        for name in chosen:
+        for name in _chosen(names):
             trackers.append(Tracker(name, _opened(name, run, folder)))
             opened.callback(trackers[-1].close)
         opened.pop_all()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -14,7 +13,7 @@ import structlog
 from fedmoe.qwen_worker import EvaluationRecord, StepRecord
 from fedmoe.runtime.records import Recorder, RecordWriter
 from fedmoe.runtime.sinks import WatchedWriter
-from fedmoe.runtime.trackers import REPORT_TO, open_trackers
+from fedmoe.runtime.trackers import open_trackers
 from fedmoe.wire.client import CoordinatorUnavailableError, PulledExpert
 from fedmoe.wire.contract.messages import HELD_OUT, StatisticRequest, UpdateResult
 from fedmoe.wire.delivery import DeliveryOutcome
@@ -30,14 +29,16 @@ _MOST_SECONDS_WITHOUT_A_LINE = 60.0
 
 
 class WorkerReport:
-    """Writes `metrics.jsonl` in the worker's state directory, and the log; FEDMOE_REPORT_TO names trackers beside.
+    """Writes `metrics.jsonl` in the worker's state directory, and the log.
 
-    `steps` is how many there will be in all, None without an end.
+    `steps` is how many there will be in all, None without an end; `report_to` names trackers that get records too.
     """
 
-    def __init__(self, state_dir: Path, worker: str, expert: str, steps: int | None = None) -> None:
+    def __init__(
+        self, state_dir: Path, worker: str, expert: str, steps: int | None = None, report_to: str = ""
+    ) -> None:
         records = RecordWriter(state_dir / "metrics.jsonl")
-        trackers = open_trackers(os.environ.get(REPORT_TO, ""), worker, state_dir)
+        trackers = open_trackers(report_to, worker, state_dir)
         self._records: Recorder = WatchedWriter(records, trackers) if trackers else records
         self._worker = worker
         self._expert = expert

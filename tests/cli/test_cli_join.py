@@ -177,6 +177,7 @@ def test_a_wrong_option_is_told_before_the_line_is_used(tmp_path: Path) -> None:
         silent.setblocking(False)
         line = f"fmj_{'a' * 43}@127.0.0.1:{silent.getsockname()[1]}#{'a' * 64}"
         assert join(line, tmp_path / "a", 2, "--lora-r", "0").status == 2
+        assert join(line, tmp_path / "a", 2, "--report-to", "comet").status == 2
         with pytest.raises(BlockingIOError):
             silent.accept()
 

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 
 import pytest
 from builders import write_rows
@@ -90,6 +91,12 @@ def test_a_difference_is_refused_before_torch_is_imported(
         assert word in said
 
 
+def test_a_name_that_is_no_tracker_is_refused_before_torch_is_imported(start: Start) -> None:
+    status, said, torch = start("--report-to", "wandb,comet")
+    assert (status, torch) == (2, False)
+    assert said == "error: --report-to: comet: no such tracker to report to; there are trackio, wandb, mlflow, got 'wandb,comet'"
+
+
 def test_another_base_model_is_refused_by_its_hash_before_torch_is_imported(
     start: Start, opened: House, manifest: Manifest, tmp_path: Path
 ) -> None:
@@ -135,6 +142,27 @@ def test_what_is_not_set_is_the_federations(
     expert = opened.service.coordinator.expert("python")
     assert expert.version == 1
     assert expert.manifest == manifest
+
+
+def test_the_command_reports_to_the_tracker_that_is_named(
+    opened: House, manifest: Manifest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tracker = ModuleType("trackio")
+    logged: list[dict[str, float]] = []
+    run = SimpleNamespace(log=lambda values, step: logged.append(values), finish=lambda: None)
+    vars(tracker)["init"] = lambda project, name: run
+    monkeypatch.setitem(sys.modules, "trackio", tracker)
+    monkeypatch.setenv("TRACKIO_DIR", "")
+    monkeypatch.setattr("fedmoe.cli.worker.configure", lambda: None)
+    monkeypatch.setattr(StopOnSignal, "install", lambda self: None)
+    opened.register("sql", manifest=manifest)
+    data = write_rows(tmp_path / "d.jsonl", *ROWS)
+    with listening(opened.app) as server:
+        fixed = ["--coordinator-url", server.url, "--worker-id", "w1", "--specialty", "python", "--dtype", "fp32"]
+        fixed += ["--dataset", str(data), "--state-dir", str(tmp_path / "w1"), "--max-steps", "1"]
+        main(["worker", *fixed, "--report-to", "trackio"])
+    assert any("step/loss" in values for values in logged)
+    assert any("push/bytes" in values for values in logged)
 
 
 def test_the_kept_hash_of_the_tiny_model_is_its_own(base: LoadedBase) -> None:

@@ -46,6 +46,7 @@ VALUES: Mapping[str, tuple[object, ...]] = {
     "server_optimizer": ("nesterov", "adam", "nesterov"),
     "staleness": ("constant", "hinge", "exponential"),
     "fold_staleness": ("polynomial", "hinge", "exponential"),
+    "report_to": ("wandb", "trackio,mlflow", "mlflow"),
     "token": ("a" * 20, "b" * 20, "c" * 20),
     "admin_token": ("d" * 20, "e" * 20, "f" * 20),
 }
@@ -205,6 +206,21 @@ def test_the_file_is_that_of_the_flag_else_of_the_variable_else_of_the_folder(
     assert getattr(started("coordinator", ["--config", "flag.toml"]), "port") == 3  # noqa: B009
     with pytest.raises(ConfigFileError, match=r"missing\.toml: no such file"):
         started("coordinator", ["--config", "missing.toml"])
+
+
+@pytest.mark.parametrize(("process", "name"), FIELDS)
+def test_variables_of_other_programs_set_nothing(process: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    fixed = [word for key, value in REQUIRED[process].items() for word in flags(key, value)]
+    before = started(process, fixed)
+    monkeypatch.setenv(name.upper(), str(three_values(PROCESSES[process], name)[0][0]))
+    assert started(process, fixed) == before
+
+
+@pytest.mark.parametrize("variable", ["FEDMOE_REPORT_TO", "FEDMOE_WORKER_REPORT_TO"])
+def test_trackers_can_be_named_for_all_runs_or_for_workers(variable: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(variable, "mlflow")
+    fixed = [word for key, value in REQUIRED["worker"].items() for word in flags(key, value)]
+    assert getattr(started("worker", fixed), "report_to") == "mlflow"  # noqa: B009
 
 
 def test_the_file_in_the_documents_can_be_used(folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""A worker's numbers go to the trackers that FEDMOE_REPORT_TO names; losses that are no numbers end nothing."""
+"""A worker's numbers go to the trackers that it is told; losses that are no numbers end nothing."""
 
 from __future__ import annotations
 
@@ -33,9 +33,8 @@ def test_steps_reach_the_tracker_and_the_workers_own_file(tmp_path: Path, monkey
     vars(module)["init"] = init
     monkeypatch.setitem(sys.modules, "trackio", module)
     monkeypatch.setenv("TRACKIO_DIR", "")
-    monkeypatch.setenv("FEDMOE_REPORT_TO", "trackio")
     with capture_logs() as lines:
-        report = WorkerReport(tmp_path, "w1", "law")
+        report = WorkerReport(tmp_path, "w1", "law", report_to="trackio")
         report.step(step(1, math.nan), 0)
         report.step(step(2, 2.5), 0)
         report.close()
@@ -48,7 +47,6 @@ def test_steps_reach_the_tracker_and_the_workers_own_file(tmp_path: Path, monkey
     assert [record["loss"] for record in read_records(tmp_path / "metrics.jsonl")] == [None, 2.5]
 
 
-def test_a_name_that_is_no_tracker_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("FEDMOE_REPORT_TO", "comet")
+def test_a_name_that_is_no_tracker_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(TrackerError, match="comet: no such tracker to report to"):
-        WorkerReport(tmp_path, "w1", "law")
+        WorkerReport(tmp_path, "w1", "law", report_to="comet")
