@@ -2,10 +2,13 @@ from __future__ import annotations
 
 import os
 import secrets
+import ssl
 from collections.abc import Callable, Iterator, Sequence
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import httpcore2
 import pytest
 import structlog
 from hypothesis import settings
@@ -28,6 +31,23 @@ def logs_as_they_were() -> Iterator[None]:
     """Commands that run in the tests' own process set up logging for it; the next test starts without."""
     yield
     structlog.reset_defaults()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def authorities_read_once() -> Iterator[None]:
+    """Every client reads the authorities this machine trusts, also one of plain HTTP; that takes 50 ms each time."""
+    own = httpcore2.default_ssl_context
+
+    @cache
+    def read(trust_env: bool, *_: str | None) -> ssl.SSLContext:
+        return own(_trust_env=trust_env)
+
+    def authorities(*, _trust_env: bool = True) -> ssl.SSLContext:
+        return read(_trust_env, os.environ.get("SSL_CERT_FILE"), os.environ.get("SSL_CERT_DIR"))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(httpcore2, "default_ssl_context", authorities)
+        yield
 
 
 @pytest.fixture

@@ -59,12 +59,21 @@ def picture(figure: Figure, kind: Literal["png", "svg", "pdf"]) -> bytes:
     with warnings.catch_warnings(record=True) as caught, rc_context(settings):
         warnings.simplefilter("always")
         show_all_characters(figure)
+        _lay_out(figure)
         figure.savefig(buffer, format=kind, metadata=undated.get(kind))
     for warning in caught:
         # One for each character of each chart; what to do about them has been said once.
         if not _MISSING.match(str(warning.message)):
             warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
     return buffer.getvalue()
+
+
+def _lay_out(figure: Figure) -> None:
+    """Lay the figure out once; one that is saved with a layout engine is drawn and laid out twice."""
+    engine = figure.get_layout_engine()
+    if engine is not None:
+        engine.execute(figure)
+        figure.set_layout_engine(None)
 
 
 def show_all_characters(figure: Figure) -> None:

@@ -7,14 +7,16 @@ from __future__ import annotations
 
 import secrets
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import closing
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import sqlalchemy as sa
 import structlog
+from sqlalchemy.dialects import sqlite as sqlite_dialect
 from sqlalchemy.exc import DatabaseError, IntegrityError
 from sqlalchemy.pool import StaticPool
 
@@ -93,15 +95,20 @@ class SqliteJournal(ChainedJournal):
         # The version is read before any table is made, so that another version's journal stays as it is.
         schema = schema_of(self._raw, self._where)
         self._connection.rollback()
+        # One commit instead of one for each table.
+        self._raw.execute("BEGIN")
         if schema is None:
-            TABLES.create_all(self._connection)
+            self._execute_all(_table_statements(TABLES))
             made = {"schema_version": str(SCHEMA_VERSION), INCARNATION: secrets.token_hex(16)}
             self._connection.execute(META.insert(), [{"key": key, "value": value} for key, value in made.items()])
-            self._connection.commit()
         elif schema != SCHEMA_VERSION:
             raise other_schema(self._where, str(schema))
-        LATER_TABLES.create_all(self._connection)
+        self._execute_all(_table_statements(LATER_TABLES))
         self._connection.commit()
+
+    def _execute_all(self, statements: Iterable[str]) -> None:
+        for statement in statements:
+            self._raw.execute(statement)
 
     def _check_rows(self, skip_damaged: bool) -> None:
         """Refuse rows beside the events that are not as they were written, or with `skip_damaged` leave them out.
@@ -203,6 +210,17 @@ def problems(path: Path) -> list[str]:
             return [f"the journal's file: {problem}" for problem in damage] or _changed_rows(connection, str(path))
     except (sqlite3.Error, StorageFailedError) as error:
         return [f"the journal cannot be read: {error}" if isinstance(error, sqlite3.Error) else str(error)]
+
+
+@cache
+def _table_statements(tables: sa.MetaData) -> tuple[str, ...]:
+    """SQL that makes those of the tables and their indexes that are missing; compiled once a process."""
+    dialect = sqlite_dialect.dialect()
+    made: list[sa.schema.DDLElement] = []
+    for table in tables.sorted_tables:
+        made.append(sa.schema.CreateTable(table, if_not_exists=True))
+        made += [sa.schema.CreateIndex(index, if_not_exists=True) for index in table.indexes]
+    return tuple(str(statement.compile(dialect=dialect)) for statement in made)
 
 
 def _changed_rows(connection: sqlite3.Connection, where: str) -> list[str]:

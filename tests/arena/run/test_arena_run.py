@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from pathlib import Path
+from shutil import copytree
 from typing import Any, cast
 
 import pytest
@@ -234,12 +235,6 @@ def test_the_metrics_of_the_last_checkpoint_are_those_of_the_last_iteration_e13(
         }
 
 
-def test_two_runs_of_one_configuration_are_the_same_run(finished: Path, tmp_path: Path) -> None:
-    run(tmp_path)
-    assert curve(tmp_path) == curve(finished)
-    assert digests(tmp_path) == digests(finished)
-
-
 def stopped_after(folder: Path, iterations: int) -> None:
     stop = Stop()
     if iterations == 0:
@@ -311,8 +306,8 @@ def test_a_game_with_a_replacement_goes_on_exactly(tmp_path: Path, monkeypatch: 
     assert lineages[0] == lineages[1] != []
 
 
-def test_a_finished_run_has_nothing_to_go_on_with(tmp_path: Path) -> None:
-    run(tmp_path)
+def test_a_finished_run_has_nothing_to_go_on_with(finished: Path, tmp_path: Path) -> None:
+    copytree(finished, tmp_path, dirs_exist_ok=True)
     before = curve(tmp_path), [path.name for path in checkpoint.checkpoints(tmp_path / "checkpoints")]
     assert run(tmp_path, resume=True) == RunOutcome("finished")
     assert (curve(tmp_path), [path.name for path in checkpoint.checkpoints(tmp_path / "checkpoints")]) == before
@@ -344,9 +339,9 @@ def test_another_configuration_cannot_go_on_with_a_run(tmp_path: Path) -> None:
     assert (tmp_path / METRICS).read_bytes() == before
 
 
-def test_more_iterations_and_another_evaluation_may_go_on_and_are_told(tmp_path: Path) -> None:
+def test_more_iterations_and_another_evaluation_may_go_on_and_are_told(finished: Path, tmp_path: Path) -> None:
     config = run_config()
-    assert run(tmp_path, config) == RunOutcome("finished")
+    copytree(finished, tmp_path, dirs_exist_ok=True)
     last = config.phases[-1]
     phases = (*config.phases[:-1], last.model_copy(update={"iterations": last.iterations + 1}))
     more = config.model_copy(
@@ -368,9 +363,12 @@ def test_a_start_that_was_refused_is_no_run(tmp_path: Path, monkeypatch: pytest.
     assert run(tmp_path, tiny_config([("competitive", 1)])) == RunOutcome("finished")
 
 
-def test_to_resume_what_never_began_is_to_begin(tmp_path: Path, finished: Path) -> None:
+def test_to_resume_what_never_began_is_to_begin_the_same_run_as_any_other_of_its_configuration(
+    tmp_path: Path, finished: Path
+) -> None:
     assert run(tmp_path, resume=True) == RunOutcome("finished")
     assert curve(tmp_path) == curve(finished)
+    assert digests(tmp_path) == digests(finished)
     assert "no_checkpoint" not in (tmp_path / "logs" / "training_runner.log").read_text()
 
 
