@@ -168,7 +168,7 @@ def test_the_token_limit_leaves_room_for_the_longest_answer() -> None:
     [
         ("graph_color", {}, "scores its own answer"),
         ("propositional_logic", {}, "scores its own answer"),
-        ("game_of_life_halting", {}, "verifies nothing"),
+        ("game_of_life_halting", {"grid_size_x": 8, "grid_size_y": 8, "num_oscillators": 2}, "verifies nothing"),
         ("countdown", {}, "runs an answer's text as a program"),
         ("no_such_set", {}, "it has: ab, acre"),
         ("gcd", {"max": 3}, "no option 'max'; it has: examples, max_answer_tokens, max_numbers"),
