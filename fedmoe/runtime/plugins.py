@@ -53,10 +53,10 @@ class PluginGroup(Generic[Plugin]):
 
 def entry_points(*, group: str) -> metadata.EntryPoints:
     """What the packages on the import path offer under a group; read once while that path is the same."""
-    return _all_entry_points(tuple(sys.path)).select(group=group)
+    return _entry_points(group, tuple(sys.path))
 
 
 # 10 ms, since each installed package has a file that is read.
-@lru_cache(maxsize=1)
-def _all_entry_points(_: tuple[str, ...]) -> metadata.EntryPoints:
-    return metadata.entry_points()
+@lru_cache(maxsize=32)
+def _entry_points(group: str, _: tuple[str, ...]) -> metadata.EntryPoints:
+    return metadata.entry_points(group=group)
