@@ -16,10 +16,12 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from fedmoe.cli.commands import PLACES
+
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(
     [
-        "fedmoe.cli.commands",
+        *sorted({place.module for place in PLACES.values()}),
         "fedmoe.cli.worker_setup",
         "fedmoe.distributed_coordinator",
         "fedmoe.gateway.evaluator",

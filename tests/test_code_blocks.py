@@ -185,9 +185,9 @@ def test_commands_that_end_in_seconds_do_what_the_documents_say(
             continue
         (name, arguments), status = own, None
         if name == "get_gateway_model.py":
-            from fedmoe.cli.commands import gateway_tool
+            from fedmoe.cli.gateway import tool
 
-            gateway_tool(arguments, standalone_mode=False)
+            tool(arguments, standalone_mode=False)
             continue
         try:
             main([*name.split()[1:], *arguments])

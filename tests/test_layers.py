@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 import fedmoe
+from fedmoe.cli.commands import PLACES
 
 ROOT = Path(fedmoe.__file__).parents[1]
 PACKAGE = ROOT / "fedmoe"
@@ -474,7 +475,8 @@ def test_only_models_load_a_base_model() -> None:
 
 
 def test_the_server_side_loads_no_torch() -> None:
-    names = [*modules_of(*SERVER_SIDE), "fedmoe.distributed_coordinator", "fedmoe.cli.commands"]
+    names = [*modules_of(*SERVER_SIDE), "fedmoe.distributed_coordinator"]
+    names += [place.module for place in PLACES.values()]
     heavy = ["torch", "transformers", "tokenizers", "huggingface_hub", "peft", "pyarrow", "matplotlib"]
     code = "\n".join(f"import {name}" for name in names)
     code += f"\nimport sys; print(sorted(sys.modules.keys() & {set(heavy)!r}))"

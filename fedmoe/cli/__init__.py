@@ -28,7 +28,7 @@ def get_gateway_model() -> None:
     """Run `get_gateway_model.py`, the specification's name for the gateway tool."""
     prepare_threads([])
     with printing_safely():
-        from fedmoe.cli.commands import gateway_tool
+        from fedmoe.cli.gateway import tool
         from fedmoe.cli.output import command_of, guarded
 
-        guarded(command_of(gateway_tool), sys.argv[1:])
+        guarded(command_of(tool), sys.argv[1:])

@@ -128,6 +128,7 @@ def unretire(api: CoordinatorClient, expert: ExpertArgument, as_json: AsJson = F
     show(changed, as_json, f"{expert} is back, at version {changed.version}")
 
 
+@app.command()
 @with_client(AdminToken)
 def rollback(
     api: CoordinatorClient,
@@ -143,6 +144,7 @@ def rollback(
     _show_change(api.roll_back(expert, to_version, reason, digest), as_json)
 
 
+@app.command()
 @with_client(AdminToken)
 def retract(
     api: CoordinatorClient,

@@ -158,6 +158,11 @@ def generate(
         print(answer)
 
 
+#: `get_gateway_model.py`, the specification's name for the gateway tool.
+tool = typer.Typer(pretty_exceptions_enable=False, rich_markup_mode=None, add_completion=False)
+
+
+@tool.command()
 def get_gateway_model(
     coordinator_url: CoordinatorUrl = DEFAULT_URL,
     save_gateway: Annotated[Path | None, typer.Option(help="Save the gateway to this npz file.")] = None,

@@ -7,15 +7,16 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
 from functools import cache
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
-from pydantic import BaseModel, ValidationError
 from typer.exceptions import TyperException
 from typer.main import get_command
 
 from fedmoe.runtime.errors import ExpectedError, RefusedError
 from fedmoe.runtime.safe_text import inert
-from fedmoe.wire.answers import CoordinatorUnavailableError
+
+if TYPE_CHECKING:
+    from pydantic import BaseModel
 
 EXIT_ERROR = 1
 EXIT_USAGE = 2
@@ -49,24 +50,33 @@ def guarded(command: Callable[..., int | None], arguments: list[str]) -> None:
         status = command(arguments, standalone_mode=False)
     except TyperException as error:
         _misused(error)
-    except ValidationError as error:
-        _fail("\n".join(_option_problem(problem) for problem in error.errors()), EXIT_USAGE)
     except RefusedError as error:
         _fail(f"{error} [{error.code}]", EXIT_ERROR)
-    except CoordinatorUnavailableError as error:
-        hint = "check --coordinator-url and that the coordinator runs there"
-        hint = "" if error.advised else f"; {hint}" if error.retry_after is None else "; try again"
-        _fail(f"{error}{hint}", EXIT_UNAVAILABLE)
     except BrokenPipeError:
         raise  # a reader that went away is no error to be told of
     except Exception as error:
-        status = _expected_status(error)
-        if status is None:
-            raise
+        _explain(error)
+        raise
+    if status:
+        raise SystemExit(status)
+
+
+def _explain(error: Exception) -> None:
+    """End with what is said of an error that users meet; of our own bugs nothing, they show their traceback."""
+    # What these need is loaded where one of them was raised.
+    from pydantic import ValidationError
+
+    from fedmoe.wire.answers import CoordinatorUnavailableError
+
+    if isinstance(error, ValidationError):
+        _fail("\n".join(_option_problem(problem) for problem in error.errors()), EXIT_USAGE)
+    if isinstance(error, CoordinatorUnavailableError):
+        hint = "check --coordinator-url and that the coordinator runs there"
+        hint = "" if error.advised else f"; {hint}" if error.retry_after is None else "; try again"
+        _fail(f"{error}{hint}", EXIT_UNAVAILABLE)
+    status = _expected_status(error)
+    if status is not None:
         _fail(str(error), status)
-    else:
-        if status:
-            raise SystemExit(status)
 
 
 def _misused(error: TyperException) -> NoReturn:
@@ -123,7 +133,7 @@ def _option_problem(problem: Mapping[str, object]) -> str:
 
 def show_json(value: BaseModel | Mapping[str, object] | Sequence[object]) -> None:
     """Print one JSON document on standard output."""
-    content = value.model_dump(mode="json") if isinstance(value, BaseModel) else value
+    content = value if isinstance(value, Mapping | Sequence) else value.model_dump(mode="json")
     # JSON escapes all other control characters; this one stands in texts only.
     print(json.dumps(content, indent=2, allow_nan=False).replace("\x7f", "\\u007f"))
 

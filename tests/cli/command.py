@@ -13,7 +13,8 @@ from typing import Any, Protocol, cast
 import forks
 import typer
 
-from fedmoe.cli.commands import app, gateway_tool
+from fedmoe.cli.commands import app
+from fedmoe.cli.gateway import tool
 
 ROOT = Path(__file__).parents[2]
 
@@ -51,7 +52,7 @@ class Command(Protocol):
 def commands() -> Iterator[tuple[str, Command]]:
     """All commands and groups with their full names; `get_gateway_model.py` is the specification's own."""
     yield from _below("fedmoe", cast(Command, typer.main.get_command(app)))
-    yield "get_gateway_model.py", cast(Command, typer.main.get_command(gateway_tool))
+    yield "get_gateway_model.py", cast(Command, typer.main.get_command(tool))
 
 
 def _below(name: str, command: Command) -> Iterator[tuple[str, Command]]:

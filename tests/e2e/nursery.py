@@ -48,6 +48,7 @@ def _bend_the_clock(path: str) -> None:
 def _serve() -> None:
     import fedmoe.cli
     import fedmoe.cli.commands
+    import fedmoe.cli.coordinator
     import fedmoe.distributed_coordinator  # noqa: F401
 
     for line in sys.stdin:
