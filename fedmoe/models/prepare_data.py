@@ -85,7 +85,8 @@ def prepare_samples(
     scan = RowScan(name, options.rows)
     # The name's end tells how the bytes are read: the same ones are other rows as .csv and as .tsv.
     kinds = sorted({bare_name(path.name).rpartition(".")[2].lower() for path in scan.source.files})
-    made_of = [scan.source.fingerprint(), kinds, max_length, asdict(options)]
+    fingerprint = scan.source.fingerprint()
+    made_of = [fingerprint, kinds, max_length, asdict(options)]
     file = _cache_file(cache, tokenizer, made_of) if cache else None
     if file and (cached := _read_cache(file)):
         # What of a folder is not read is no part of what the tokens follow from.
@@ -96,7 +97,8 @@ def prepare_samples(
         report.raise_problem()
     hashes = np.array([scan.hashes[number] for number in data.row_of], np.uint64)
     prepared = PreparedData(tuple(data.samples), hashes, report)
-    if file and not report.problem:
+    # Files that changed after the first look at them would be kept under the name of what they were.
+    if file and not report.problem and report.sha256 == fingerprint:
         _write_cache(file, prepared)
     return prepared
 
@@ -146,7 +148,7 @@ def _read_cache(path: Path) -> PreparedData | None:
         with safe_open(path, "numpy") as file:
             arrays: dict[str, NDArray[np.generic]] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             metadata = file.metadata() or {}
-        if metadata.get("digest") != _digest(arrays):
+        if metadata.get("digest") != _digest(arrays, metadata["report"]):
             raise ValueError("its content is not what was written")
         report = _REPORT.validate_json(metadata["report"])
         all_ids, all_learned = arrays["ids"].astype(np.int64), arrays["learned"].astype(np.bool_)
@@ -170,7 +172,8 @@ def _write_cache(file: Path, data: PreparedData) -> None:
         "sizes": np.array([len(sample.input_ids) for sample in data.samples], np.int64),
         "row_hashes": data.row_hashes,
     }
-    metadata = {"report": _REPORT.dump_json(data.report).decode(), "digest": _digest(arrays)}
+    report = _REPORT.dump_json(data.report).decode()
+    metadata = {"report": report, "digest": _digest(arrays, report)}
     try:
         file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         write_atomic(file, save(arrays, metadata))
@@ -187,10 +190,11 @@ def _changed(file: Path) -> float:
         return 0.0
 
 
-def _digest(arrays: dict[str, NDArray[np.generic]]) -> str:
-    digest = hashlib.sha256()
-    for name in sorted(arrays):
-        digest.update(np.ascontiguousarray(arrays[name]).tobytes())
+def _digest(arrays: dict[str, NDArray[np.generic]], report: str) -> str:
+    digest = hashlib.sha256(report.encode())
+    for name, array in sorted(arrays.items()):
+        digest.update(f"{name} {array.dtype} {array.shape}".encode())
+        digest.update(np.ascontiguousarray(array).data)
     return digest.hexdigest()
 
 

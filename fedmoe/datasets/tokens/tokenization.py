@@ -6,6 +6,7 @@ import multiprocessing
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain, islice
@@ -16,7 +17,8 @@ import numpy as np
 
 from fedmoe.datasets.formats.samples import Chat, Sample, Text
 from fedmoe.datasets.readers.common import DataError
-from fedmoe.datasets.tokens.render import TemplateRefusalError, render
+from fedmoe.datasets.tokens.chat_answers import TemplateRefusalError
+from fedmoe.datasets.tokens.render import render_all
 from fedmoe.datasets.tokens.tokenized_sample import MASKED, TokenizedSample, Tokenizer
 
 #: Fewer samples than this are done before further processes have loaded their libraries.
@@ -77,7 +79,7 @@ def tokenize_samples(
     """All samples as tokens, none longer than `max_length`; the same for any number of `processes`.
 
     `progress` is called from time to time with the number of samples done. Raises `DataError` where the tokenizer
-    lacks what all samples need (an end token, a chat template).
+    lacks what all samples need (an end token, a chat template), or one of the processes is ended from outside.
     """
     if max_length < 2:
         raise DataError(f"max_length must be at least 2 tokens, got {max_length}")
@@ -100,11 +102,9 @@ def _tokenize_chunk(tokenizer: Tokenizer, max_length: int, long_rows: LongRowPol
     # Tokens that can end an answer: those that no plain text is made of.
     special, added = attrgetter("all_special_ids", "added_tokens_decoder")(tokenizer)
     end_marks = {*special, *added}
-    for number, sample in enumerate(chunk):
-        try:
-            rendering = render(sample, tokenizer)
-        except TemplateRefusalError as error:
-            data.refused.append((number, str(error)))
+    for number, (sample, rendering) in enumerate(zip(chunk, render_all(chunk, tokenizer), strict=True)):
+        if isinstance(rendering, TemplateRefusalError):
+            data.refused.append((number, str(rendering)))
             continue
         data.notes.update(rendering.notes)
         data.lengths.append(max(len(whole.input_ids) for whole in rendering.samples))
@@ -146,14 +146,20 @@ def _in_processes(chunks: Iterator[list[Sample]], work: _Work, processes: int) -
     """What the chunks become, in their order; only a few are read ahead."""
     # Not forked: the threads of numerical libraries do not survive that.
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(processes, context, _start_process, (work,)) as pool:
-        waiting: deque[Future[TokenData]] = deque()
-        for chunk in chunks:
-            waiting.append(pool.submit(_run_chunk, chunk))
-            if len(waiting) >= _AHEAD * processes:
+    waiting: deque[Future[TokenData]] = deque()
+    try:
+        with ProcessPoolExecutor(processes, context, _start_process, (work,)) as pool:
+            for chunk in chunks:
+                waiting.append(pool.submit(_run_chunk, chunk))
+                if len(waiting) >= _AHEAD * processes:
+                    yield waiting.popleft().result()
+            while waiting:
                 yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
+    except BrokenProcessPool as error:
+        raise DataError(
+            f"one of {processes} processes that make tokens was ended from outside, often for want of memory; start "
+            "again, with OMP_NUM_THREADS=1 in a single process"
+        ) from error
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 from builders import write_rows
 from tiny_tokenizer import make_tokenizer
 
 from fedmoe.datasets.readers.common import DataError
 from fedmoe.datasets.row_scan import RowOptions
-from fedmoe.datasets.tokens import tokenization
+from fedmoe.datasets.tokens import render, tokenization
+from fedmoe.datasets.tokens.tokenization import TokenData, tokenize_samples
 from fedmoe.models import prepare_data
 from fedmoe.models.prepare_data import DataOptions, PreparedData, prepare_samples
 
@@ -115,6 +118,58 @@ def test_several_processes_give_the_same(tmp_path: Path, monkeypatch: pytest.Mon
     assert len(told) > 3
 
 
+@pytest.mark.parametrize("characters", [1, 300])
+def test_rows_encoded_together_become_what_each_becomes_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, characters: int
+) -> None:
+    answers = ["", "a", "\u00e9\u4e2d\U0001f642 " * 9, "<|im_end|> inside", "  blanks  ", "long " * 90]
+    rows: list[dict[str, object]] = [chat(f"question {i}", answers[i % 6] or "x", "and?", "so") for i in range(60)]
+    rows[20] = {"text": "text"}
+    rows[30] = chat("q", "a", "again?", "b") | {"chat_template_kwargs": {"tokenize": True}}  # refused
+    file = write_rows(tmp_path / "a.jsonl", *rows)
+    together = prepare_samples(file, TOKENIZER, 2000, DataOptions(RowOptions(max_bad_fraction=0.5)))
+    assert together.report.bad_count == 1
+    monkeypatch.setattr(render, "_CHARACTERS_AT_ONCE", characters)
+    assert same(together, prepare_samples(file, TOKENIZER, 2000, DataOptions(RowOptions(max_bad_fraction=0.5))))
+
+
+def test_a_process_that_is_killed_ends_the_run_and_nothing_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = write_rows(tmp_path / "a.jsonl", *[chat(f"q {i}", f"a {i}") for i in range(600)])
+    monkeypatch.setattr(tokenization, "PARALLEL_FROM", 100)
+    monkeypatch.setattr(tokenization, "_CHUNK", 32)
+
+    def kill(done: int) -> None:
+        for process in psutil.Process().children():
+            if "spawn_main" in " ".join(process.cmdline()):
+                process.kill()
+
+    with pytest.raises(DataError, match="one of 2 processes that make tokens was ended from outside"):
+        prepare_samples(file, TOKENIZER, 64, cache=tmp_path / "kept", processes=2, progress=kill)
+    assert not list(tmp_path.glob("kept/*"))
+
+
+def test_data_that_change_before_they_are_read_are_not_kept_under_their_old_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = write_rows(tmp_path / "a.jsonl", *[chat(f"q {i}", "before") for i in range(30)])
+    content = file.read_bytes()
+    before = prepare_samples(file, TOKENIZER, 64)
+
+    def changed(*arguments: Any) -> TokenData:
+        write_rows(file, *[chat(f"q {i}", "after it") for i in range(30)])
+        return tokenize_samples(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(prepare_data, "tokenize_samples", changed)
+        assert not same(before, prepare_samples(file, TOKENIZER, 64, cache=tmp_path / "kept"))
+    file.write_bytes(content)
+    again = prepare_samples(file, TOKENIZER, 64, cache=tmp_path / "kept")
+    assert not again.from_cache
+    assert same(before, again)
+
+
 def test_tokens_are_kept_for_the_next_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = write_rows(tmp_path / "a.jsonl", *[chat(f"q {i}", "a" * i) for i in range(1, 60)])
     first = prepare_samples(file, TOKENIZER, 64, cache=tmp_path / "kept")
@@ -176,7 +231,9 @@ def test_damaged_kept_tokens_are_made_anew(tmp_path: Path, caplog: pytest.LogCap
     first = prepare_samples(file, TOKENIZER, 64, cache=tmp_path / "kept")
     (kept,) = (tmp_path / "kept").iterdir()
     whole = kept.read_bytes()
-    for damaged in (whole[: len(whole) // 2], b"", whole[:-9] + bytes([whole[-9] ^ 1]) + whole[-8:]):
+    other_report = whole.replace(b'\\"rows\\":30', b'\\"rows\\":31')
+    assert other_report != whole
+    for damaged in (whole[: len(whole) // 2], b"", whole[:-9] + bytes([whole[-9] ^ 1]) + whole[-8:], other_report):
         kept.write_bytes(damaged)
         found = prepare_samples(file, TOKENIZER, 64, cache=tmp_path / "kept")
         assert not found.from_cache
@@ -210,4 +267,11 @@ def test_kept_tokens_follow_from_the_code_that_makes_them(monkeypatch: pytest.Mo
     read_bytes = Path.read_bytes
     monkeypatch.setattr(Path, "read_bytes", lambda file: read.append(file.name) or read_bytes(file))  # type: ignore[func-returns-value]
     prepare_data._code_hash.__wrapped__()
-    assert {"text_rows.py", "row_formats.py", "render.py", "tokenization.py", "prepare_data.py"} <= set(read)
+    assert {
+        "text_rows.py",
+        "row_formats.py",
+        "render.py",
+        "chat_answers.py",
+        "tokenization.py",
+        "prepare_data.py",
+    } <= set(read)

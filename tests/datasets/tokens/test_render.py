@@ -14,7 +14,8 @@ from transformers import PreTrainedTokenizerFast
 
 from fedmoe.datasets.formats.samples import Chat, Completion, Message, Sample, Text
 from fedmoe.datasets.readers.common import DataError
-from fedmoe.datasets.tokens.render import TemplateRefusalError, render
+from fedmoe.datasets.tokens.chat_answers import TemplateRefusalError
+from fedmoe.datasets.tokens.render import render
 from fedmoe.datasets.tokens.tokenization import tokenize_samples
 from fedmoe.datasets.tokens.tokenized_sample import MASKED, TokenizedSample, Tokenizer, previews
 

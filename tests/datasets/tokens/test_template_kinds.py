@@ -9,7 +9,8 @@ from template_styles import Style, tokenizer_of
 from transformers import PreTrainedTokenizerFast
 
 from fedmoe.datasets.formats.samples import Chat, Message
-from fedmoe.datasets.tokens.render import TemplateRefusalError, render
+from fedmoe.datasets.tokens.chat_answers import TemplateRefusalError
+from fedmoe.datasets.tokens.render import render
 from fedmoe.datasets.tokens.tokenized_sample import MASKED, RenderResult
 
 _LAST_USER = (
