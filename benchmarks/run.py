@@ -61,9 +61,11 @@ BENCHMARKS: Mapping[str, Benchmark] = {
     "routing": Benchmark(needs="the data of `fedmoe data build`: --data FOLDER"),
     "serve_swap": Benchmark("--poll 0.1"),
     "simulation": Benchmark("--parts scale"),
+    "startup": Benchmark(needs="--against REV, an earlier commit"),
     "statistics_budget": Benchmark(needs=_EXPERTS),
     "threads": Benchmark("--steps 4 --repeats 1 --max-length 256"),
     "token_routing": Benchmark(needs=_EXPERTS),
+    "tokenize": Benchmark(needs="--against REV, an earlier commit, and SmolLM2 in the cache (`fedmoe demo` brings it)"),
     "update_norms": Benchmark("--seeds 0 1"),
 }
 

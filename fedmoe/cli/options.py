@@ -20,12 +20,11 @@ from fedmoe.cli.output import CommandError, importing
 from fedmoe.config import PROCESSES
 from fedmoe.runtime.config_file import VARIABLE, FileSource, made, using_file
 from fedmoe.runtime.logs import quiet_retries
-from fedmoe.wire.client import ConnectionSettingError, CoordinatorClient
 from fedmoe.wire.contract.messages import DEFAULT_PORT
-from fedmoe.wire.transport import check_url
 
 if TYPE_CHECKING:
     from fedmoe.models.base import ChatTemplate, LoadedBase
+    from fedmoe.wire.client import CoordinatorClient
 
 P = ParamSpec("P")
 ConfigT = TypeVar("ConfigT", bound=BaseSettings)
@@ -76,6 +75,9 @@ DEVICE_OPTIONS: Mapping[str, OptionText] = {
 
 def client(url: str, token: str | None) -> CoordinatorClient:
     """A client for a command: few tries, so that a wrong address is told soon."""
+    from fedmoe.wire.client import ConnectionSettingError, CoordinatorClient
+    from fedmoe.wire.transport import check_url
+
     try:
         check_url(url)
     except ConnectionSettingError as error:

@@ -20,7 +20,6 @@ from fedmoe.server.storage.chained_journal import ChainedJournal
 from fedmoe.server.storage.folder_blobs import FolderBlobStore
 from fedmoe.server.storage.migration import migrate
 from fedmoe.server.storage.object_store import open_blobs, refuse_without_url
-from fedmoe.server.storage.postgres_journal import PostgresJournal
 from fedmoe.server.storage.sqlite import opening_problem
 from fedmoe.server.storage.sqlite_journal import SqliteJournal
 from fedmoe.server.storage.tables import SCHEMA_VERSION
@@ -202,6 +201,8 @@ def _open_journal(
 ) -> ChainedJournal:
     if database is None:
         return SqliteJournal(file, acknowledged, skip_damaged)
+    from fedmoe.server.storage.postgres_journal import PostgresJournal
+
     return PostgresJournal(database.url, acknowledged, skip_damaged, accept_loss=database.accept_loss)
 
 
