@@ -68,7 +68,7 @@ class DistributedReplica:
         # Of its own connection: what the journal waits for keeps no lease from being renewed.
         self._owners = Owners(postgres_engine(self._url), 2 * self._lease / 3)
         self._blobs = shared_blobs(config.blobs, FolderBlobStore(self._folder / "spool"))
-        self._read_ahead = ReadAhead(self._url, self._lease / 3)
+        self._read_ahead = ReadAhead(self._url, self._lease / 3, first=3 * self._lease)
         self._pool = ThreadPoolExecutor(_THREADS, thread_name_prefix="fedmoe-upload")
         patience = _PATIENCE_LEASES * self._lease + _PATIENCE_SECONDS
         self._replica_app = ReplicaApp(secret, self._blobs, self._pool, patience)

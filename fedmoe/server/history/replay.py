@@ -30,6 +30,7 @@ from fedmoe.lora.codec import decode
 from fedmoe.lora.manifest import Manifest
 from fedmoe.lora.safetensors_bytes import encode_named, read_named
 from fedmoe.lora.update_rules import RuleState
+from fedmoe.server.storage.blob_copies import in_threads
 from fedmoe.server.storage.blobs import BlobStore, CorruptBlobError, MissingBlobError
 from fedmoe.server.storage.event_rows import GATEWAY
 from fedmoe.server.storage.journal import Journal
@@ -206,13 +207,19 @@ class Replay:
         return ExpertModel.initial(registered.expert, registered.manifest, registered.seed, rule).state
 
     def _land(self, state: RuleState, updates: list[UpdateAccepted], manifest: Manifest) -> RuleState:
-        for update in with_progress(updates):
-            try:
-                body = self._blobs.read(update.digest)
-            except (MissingBlobError, CorruptBlobError) as error:
-                raise DamagedUpdateError(update, str(error), isinstance(error, MissingBlobError)) from error
+        # A few reads at once: an object store takes 20 ms each, and up to 50 updates follow the newest snapshot.
+        bodies = in_threads(self._update_bytes, [update.digest for update in updates])
+        for update, body in zip(with_progress(updates), bodies, strict=True):
+            if isinstance(body, Exception):
+                raise DamagedUpdateError(update, str(body), isinstance(body, MissingBlobError)) from body
             state = self._aggregation.rule.update(state, decode(body, manifest.layout).flat, update.coefficient)
         return state
+
+    def _update_bytes(self, digest: str) -> bytes | MissingBlobError | CorruptBlobError:
+        try:
+            return self._blobs.read(digest)
+        except (MissingBlobError, CorruptBlobError) as error:
+            return error
 
 
 def with_progress(updates: Sequence[UpdateAccepted]) -> Iterator[UpdateAccepted]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from pydantic import ValidationError
 
@@ -29,8 +29,7 @@ def held_out_of(statistic: Statistic) -> HeldOutInfo | None:
         return None
 
 
-@dataclass(frozen=True, slots=True)
-class _WorkerRecord:
+class _WorkerRecord(NamedTuple):
     updates: int
     last: UpdateAccepted
     #: So many of the last updates in a row changed nothing, or were the same bytes again.
@@ -69,16 +68,20 @@ class Contributors:
         self._changes[expert] += 1
 
     def observe(self, events: Iterable[Event]) -> None:
+        """Count updates that were journalled just now, or, at a start, all of them."""
+        # A new mapping for all of them: readers in other threads go through the one that they have.
+        seen: dict[str, dict[str, _WorkerRecord]] = {}
         for event in events:
             if isinstance(event, UpdateAccepted):
-                seen = self._seen.get(event.expert, {})
-                before = seen.get(event.worker)
+                records = seen.get(event.expert)
+                if records is None:
+                    records = seen[event.expert] = dict(self._seen.get(event.expert, {}))
+                before = records.get(event.worker)
                 updates, idle = (before.updates, before.idle) if before else (0, 0)
                 unchanged = event.info.get("norm") == 0 or (before is not None and before.last.digest == event.digest)
-                newest = _WorkerRecord(updates + 1, event, idle + 1 if unchanged else 0)
-                # A new mapping each time: readers in other threads go through the one that they have.
-                self._seen[event.expert] = {**seen, event.worker: newest}
+                records[event.worker] = _WorkerRecord(updates + 1, event, idle + 1 if unchanged else 0)
                 self._changes[event.expert] += 1
+        self._seen |= seen
 
     def changes(self, expert: str) -> int:
         """A counter that rises with every update or held-out loss of an expert's workers."""

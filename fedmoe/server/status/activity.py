@@ -123,22 +123,26 @@ class Activity:
         return [event_info(number, event) for number, event in events]
 
     def _of(self, expert: str) -> _ExpertActivity:
-        return self._experts.setdefault(expert, _ExpertActivity())
+        activity = self._experts.get(expert)
+        if activity is None:
+            activity = self._experts[expert] = _ExpertActivity()
+        return activity
 
     def _note(self, event: Event) -> None:
         with self._lock:
             self._id += 1
             self.revision += 1
             self._events.append((self._id, event))
-            if isinstance(event, ExpertRegistered):
-                self._of(event.expert).began = event.at
-            elif isinstance(event, UpdateAccepted):
+            # The usual one first: a start notes a hundred thousand.
+            if isinstance(event, UpdateAccepted):
                 activity = self._of(event.expert)
                 activity.recent.append((event.at, event.staleness))
                 if (loss := event.info.get("loss")) is not None:
                     activity.add((event.at, event.version, loss, None))
             elif isinstance(event, UpdateHeld):
                 self._held[event.expert, event.worker] += 1
+            elif isinstance(event, ExpertRegistered):
+                self._of(event.expert).began = event.at
 
 
 def _span(began: float | None, now: float) -> float:

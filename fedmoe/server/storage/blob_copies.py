@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import islice
 from typing import TypeVar
 
 from fedmoe.server.storage.blobs import BlobStore, CorruptBlobError, MissingBlobError, put
 
+Argument = TypeVar("Argument")
 Result = TypeVar("Result")
 
 # Blobs on their way at once: an object store answers late and takes many requests.
@@ -51,7 +52,7 @@ def copy_blobs(
         return len(data)
 
     copied, damaged = [], []
-    for digest, outcome in zip(missing, _in_threads(copy, missing), strict=True):
+    for digest, outcome in zip(missing, in_threads(copy, missing), strict=True):
         if isinstance(outcome, int):
             copied.append(outcome)
         elif outcome is not None:
@@ -71,12 +72,16 @@ def check_blobs(store: BlobStore, digests: Iterable[str]) -> list[str]:
             return str(error)
         return None
 
-    return [what for what in _in_threads(problem, sorted(digests)) if what is not None]
+    return [what for what in in_threads(problem, sorted(digests)) if what is not None]
 
 
-def _in_threads(call: Callable[[str], Result], digests: Iterable[str]) -> Iterator[Result]:
-    """The result of a call for each digest, in order; a few blobs are in memory at once."""
-    rest = iter(digests)
-    with ThreadPoolExecutor(_AT_ONCE, thread_name_prefix="fedmoe-copy") as pool:
-        while group := list(islice(rest, 8 * _AT_ONCE)):
-            yield from pool.map(call, group)
+def in_threads(call: Callable[[Argument], Result], arguments: Iterable[Argument]) -> Iterator[Result]:
+    """The result of a call for each argument, in order; a few calls go on at once, and a few results are in memory."""
+    under_way = deque[Future[Result]]()
+    with ThreadPoolExecutor(_AT_ONCE, thread_name_prefix="fedmoe-blobs") as pool:
+        for argument in arguments:
+            under_way.append(pool.submit(call, argument))
+            if len(under_way) > _AT_ONCE:
+                yield under_way.popleft().result()
+        while under_way:
+            yield under_way.popleft().result()

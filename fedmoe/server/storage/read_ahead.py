@@ -38,11 +38,14 @@ class CheckedRows:
 
 
 class ReadAhead:
-    """Reads the journal in the database at `url` from a thread of its own, every `seconds`, until `take` or `close`."""
+    """Reads the journal in the database at `url` from a thread of its own, every `seconds`, until `take` or `close`.
 
-    def __init__(self, url: str, seconds: float) -> None:
+    It begins `first` seconds after `start`: a replica often starts beside another that takes over, and both read then.
+    """
+
+    def __init__(self, url: str, seconds: float, first: float = 0.0) -> None:
         self._engine = postgres_engine(url).execution_options(isolation_level="AUTOCOMMIT")
-        self._seconds = seconds
+        self._seconds, self._first = seconds, first
         self._reading = threading.Lock()
         self._rows = CheckedRows()
         self._resumed, self._closed = threading.Event(), threading.Event()
@@ -77,6 +80,7 @@ class ReadAhead:
         self._engine.dispose()
 
     def _run(self) -> None:
+        self._closed.wait(self._first)
         while not self._closed.is_set():
             self._resumed.wait()
             with self._reading:
