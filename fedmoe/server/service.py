@@ -69,7 +69,7 @@ class CoordinatorService:
         max_length: int | None = None,
     ) -> None:
         self.coordinator = coordinator
-        self.journal = journal
+        self.journal, self.blobs = journal, blobs
         #: Who pushes under which worker's id.
         self.leases = WorkerLeases(time.monotonic)
         #: What happened lately, and what workers say of themselves.

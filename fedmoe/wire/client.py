@@ -64,6 +64,7 @@ _JSON = BodySizeLimits()
 # Every expert with its workers.
 _LISTING = BodySizeLimits(json=32 << 20)
 _TENSORS = {"Accept": SAFETENSORS}
+_SHORT = {"Prefer": f"{messages.MINIMAL}, {messages.WITH_OTHER}"}
 # Answers of a coordinator under load that a later try may not get.
 _PASSING = frozenset({408, 425, 429, 500, 502, 503, 504, 507})
 #: Refusals of a coordinator whose history is another than that of the base: only it may be at an earlier version.
@@ -78,10 +79,11 @@ class TooStaleError(RefusedError):
 
 @dataclass(frozen=True)
 class PushResult:
-    """What became of a push; `newest` holds the newest weights if they were asked for."""
+    """What became of a push; `newest` holds the newest weights, or `other` the bytes of the result's other update."""
 
     result: messages.UpdateResult
     newest: PulledExpert | None
+    other: bytes | None = None
 
 
 class CoordinatorClient:
@@ -198,9 +200,9 @@ class CoordinatorClient:
         """Send an update once; sending the same one again later is safe.
 
         `manifest` is the one the expert was registered with: newest weights of another are refused. With `minimal` no
-        weights need to come where the newest are the base plus this update.
+        weights need to come where the newest are the base plus this update, and perhaps another one.
         """
-        headers = body_headers(body) | _TENSORS | ({"Prefer": messages.MINIMAL} if minimal else {})
+        headers = body_headers(body) | _TENSORS | (_SHORT if minimal else {})
         bounds = BodySizeLimits.of(manifest)
         params = header.model_dump(exclude_none=True)
         answer = self._once("POST", "/push_expert_update", bounds, params=params, content=body, headers=headers)
@@ -214,6 +216,9 @@ class CoordinatorClient:
             least = 0 if problem.code in ANOTHER_HISTORY else least
             error.newest = pulled_expert(answer, header.expert, ExpectedWeights(manifest, least))
             raise error
+        if "preference-applied" in answer.headers:
+            check_promise(answer)
+            return PushResult(_result(answer, header, beside), None, bytes(answer.body))
         newest = pulled_expert(answer, header.expert, ExpectedWeights(manifest, least))
         return PushResult(_result(answer, header, beside, newest.version), newest)
 

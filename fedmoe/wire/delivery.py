@@ -15,6 +15,7 @@ import structlog
 
 from fedmoe.lora.codec import WireDtype, decode, digest
 from fedmoe.lora.manifest import Manifest
+from fedmoe.lora.safetensors_bytes import CodecError
 from fedmoe.lora.update_rules import add_scaled
 from fedmoe.runtime.errors import RefusedError
 from fedmoe.wire.client import (
@@ -84,8 +85,8 @@ class Delivery:
     While the coordinator is away or sheds load, tries go on, `pause_seconds` apart. The thread is a daemon: a worker
     that must leave leaves, and sends the update after its restart. `fact` is sent after an update that landed, once:
     a newer one follows with the next. Newest weights have to be of `manifest`; others are waited out. Where the update
-    is all that is new they are `base`, what it was measured from, plus the update, checked by their digest. Where they
-    do not come with the answer they are pulled in `dtype`.
+    is all that is new, or one more that comes with the answer, they are `base`, what it was measured from, plus these,
+    checked by their digest. Where they do not come with the answer they are pulled in `dtype`.
     """
 
     def __init__(
@@ -141,7 +142,7 @@ class Delivery:
             return self._after_refusal(refused)
         if pushed is None:
             return None
-        newest = pushed.newest or self._followed(pushed.result)
+        newest = pushed.newest or self._followed(pushed)
         newest = newest or self._persist(lambda: self._pull(pushed.result.version, "fp32"))
         if self._fact is not None and pushed.result.status == "landed":
             try:
@@ -150,14 +151,23 @@ class Delivery:
                 _log.warning("not_told", kind=self._fact.kind, reason=str(error))
         return self._ended(pushed.result, None, newest) if newest else None
 
-    def _followed(self, result: UpdateResult) -> PulledExpert | None:
-        """The newest weights where they are the base plus this update; None where they are others."""
-        base = self._base
-        if base is None or result.weights_digest is None or result.version != base.version + 1:
+    def _followed(self, pushed: PushResult) -> PulledExpert | None:
+        """The newest weights where they are the base plus what is known; None where they are others."""
+        base, result = self._base, pushed.result
+        landed = [(result.digest, result.coefficient, self.pending.body)]
+        if pushed.other is not None and result.other is not None:
+            landed.insert(0, (result.other.digest, result.other.coefficient, pushed.other))
+        if base is None or result.weights_digest is None or result.version != base.version + len(landed):
             return None
-        delta = decode(self.pending.body, base.manifest.layout).flat
-        with np.errstate(over="ignore", invalid="ignore"):  # a coefficient that is none gives another digest
-            weights = add_scaled(base.weights, delta, result.coefficient)
+        weights = base.weights
+        for name, coefficient, body in landed:
+            try:
+                delta = decode(body, base.manifest.layout).flat
+            except CodecError as error:
+                _log.warning("weights_differ", version=result.version, update=name[:12], reason=str(error))
+                return None
+            with np.errstate(over="ignore", invalid="ignore"):  # a coefficient that is none gives another digest
+                weights = add_scaled(weights, delta, coefficient)
         newest = replace(
             base,
             version=result.version,

@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 from workers import PUSH, Federation, Road, Setup, blocks, federation, wait_for_answer
 
+from fedmoe.distributed_worker import DistributedWorker
 from fedmoe.lora.codec import WireDtype
+from fedmoe.qwen_worker import StepRecord
 
 # Answers without weights are a few hundred bytes, those with some tens of thousands.
 SHORT = 2_000
@@ -62,6 +64,31 @@ def test_what_another_worker_landed_meanwhile_comes_with_the_answer(house: Feder
     np.testing.assert_array_equal(worker._base.weights, house.weights)
 
 
+@pytest.mark.parametrize(("wire", "others"), [("int8", 1), ("int8", 2), ("bf16", 1), ("fp32", 1)])
+def test_one_update_of_another_worker_comes_instead_of_weights_that_are_longer(
+    wire: WireDtype, others: int, house: Federation, tmp_path: Path
+) -> None:
+    road = Road()
+    names = [f"other-{number}" for number in range(others)]
+
+    def meanwhile(worker: DistributedWorker, record: StepRecord) -> None:
+        wait_for_answer(worker, record)
+        if len(road.answers) == 2 and not (tmp_path / names[0]).exists():
+            for number, name in enumerate(names):
+                Setup(house.url, tmp_path / name, name, steps=1, every=1, wire=wire, data=blocks(number + 1)).run()
+
+    setup = Setup(house.url, tmp_path / "w1", steps=8, every=2, wire=wire, road=road, after_step=meanwhile)
+    worker = setup.run()
+    assert worker._base is not None
+    assert len(house.updates()) == 4 + others
+    whole = 4 * worker._base.manifest.layout.size
+    weights = [size > whole for size in road.answers]
+    rounded = wire != "fp32"
+    assert weights == [rounded, False, wire == "fp32" or others > 1, False], "others landed before the third"
+    assert (worker._base.version, worker._base.digest) == (4 + others, house.expert.digest)
+    np.testing.assert_array_equal(worker._base.weights, house.weights)
+
+
 @pytest.mark.parametrize("options", [{"server_optimizer": "nesterov"}, {"buffer_size": 2}])
 def test_where_an_update_is_not_simply_added_the_weights_are_sent(options: dict[str, object], tmp_path: Path) -> None:
     with federation(tmp_path / "coordinator", **options) as house:
@@ -102,12 +129,20 @@ class Lying(Road):
         return httpx2.Response(200, headers=headers, stream=httpx2.ByteStream(content))
 
 
-@pytest.mark.parametrize("lie", [{"weights_digest": "f" * 64}, {"coefficient": 1e300}, {"coefficient": 0.5}])
+@pytest.mark.parametrize(
+    ("lie", "told"),
+    [
+        ({"weights_digest": "f" * 64}, "weights_differ"),
+        ({"coefficient": 1e300}, "weights_differ"),
+        ({"coefficient": 0.5}, "weights_differ"),
+        ({"other": {"digest": "f" * 64, "coefficient": 1.0}}, ""),
+    ],
+)
 def test_weights_that_are_not_those_of_the_coordinator_are_pulled_instead(
-    lie: dict[str, object], house: Federation, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    lie: dict[str, object], told: str, house: Federation, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     road = Lying(**lie)
     worker = Setup(house.url, tmp_path / "w1", steps=4, every=2, road=road, after_step=wait_for_answer).run()
     assert worker._base is not None
-    assert "weights_differ" in "".join(capsys.readouterr())
+    assert told in "".join(capsys.readouterr())
     np.testing.assert_array_equal(worker._base.weights, house.weights)

@@ -49,6 +49,7 @@ from fedmoe.server.routes.documented_answers import ANSWERS, PROBLEMS
 from fedmoe.server.routes.expert_routes import expert_info, gateway_info
 from fedmoe.server.routes.json_weights import JsonPolicy
 from fedmoe.server.routes.request_counts import CountingMiddleware, RequestCounts
+from fedmoe.server.routes.short_answers import ShortAnswer, answer_with_other
 from fedmoe.server.routes.weight_responses import (
     WeightAnswers,
     all_weights,
@@ -65,6 +66,7 @@ from fedmoe.wire.contract.experts import ExpertInfo, GatewayInfo, GatewayInfoReq
 from fedmoe.wire.contract.messages import (
     MINIMAL,
     SAFETENSORS,
+    WITH_OTHER,
     ChangeResult,
     DataStatisticsHeader,
     DataStatisticsRequest,
@@ -255,36 +257,40 @@ async def push_expert_update(request: Request, header: Annotated[UpdateHeader, Q
     principal, parts = principal_of(request), parts_of(request)
     principal.require_worker(header.worker)
     asked, header = header.expert, with_first_name(request, header)
-    newest: str | None = None
+    shorter: ShortAnswer | None = None
     try:
         with parts.metrics.pushes.outcome(header.expert, parts.service.coordinator.experts) as outcome:
             outcome.result = landed = await _take_in(request, header)
         status = 202 if landed.status == "quarantined" else 200
         facts = with_incarnation(request, landed).model_copy(update={"expert": asked}).model_dump()
-        newest = _digest_for_minimal(request, header, landed)
+        shorter = await _instead_of_weights(request, header, landed)
     except (RefusedError, CodecError) as error:
         parts.service.activity.refused(header.expert, header.worker, f"{error} [{error.code}]")
         if isinstance(error, CodecError) or error.code not in _ANSWERED_WITH_WEIGHTS or header.answer != "weights":
             raise
         # Whoever is too far behind, or of another history, gets the newest version in the same answer.
         status, facts = 409, problems.as_json(error)
-    if newest is not None:
-        return JSONResponse(facts | {"weights_digest": newest}, status, {"Preference-Applied": MINIMAL})
+    if shorter is not None:
+        return shorter.response(facts)
     if header.answer == "weights":
         return await run_in_threadpool(_with_weights, request, asked, status, facts)
     return JSONResponse(facts, status)
 
 
-def _digest_for_minimal(request: Request, header: UpdateHeader, landed: UpdateResult) -> str | None:
-    """The digest of the newest weights, where a sender that prefers a short answer has them: its base and its update.
-
-    None where they have to be sent.
-    """
-    coordinator = service_of(request).coordinator
-    expert = coordinator.expert(header.expert)
-    has_them = landed.status == "landed" and landed.version == header.base_version + 1 == expert.version
-    prefers = header.answer == "weights" and MINIMAL in request.headers.get("prefer", "")
-    return expert.digest if prefers and has_them and coordinator.aggregation.plain_rule else None
+async def _instead_of_weights(request: Request, header: UpdateHeader, landed: UpdateResult) -> ShortAnswer | None:
+    """What a sender that prefers a short answer makes the newest weights of; None where they have to be sent."""
+    service, prefers = service_of(request), request.headers.get("prefer", "")
+    expert = service.coordinator.expert(header.expert)
+    newest = landed.status == "landed" and landed.version == expert.version
+    if not newest or header.answer != "weights" or MINIMAL not in prefers:
+        return None
+    if not service.coordinator.aggregation.plain_rule:
+        return None
+    if landed.version == header.base_version + 1:
+        return ShortAnswer(expert.digest)
+    if landed.version > header.base_version + 2 or WITH_OTHER not in prefers:
+        return None
+    return await run_in_threadpool(answer_with_other, service.journal, service.blobs, expert, landed.digest)
 
 
 async def _take_in(request: Request, header: UpdateHeader) -> UpdateResult:

@@ -27,6 +27,8 @@ SAFETENSORS = "application/vnd.safetensors"
 PROBLEM = "application/problem+json"
 #: RFC 7240: who pushes with this `Prefer` needs no weights where its own update is all that the newest version brings.
 MINIMAL = "return=minimal"
+#: Beside it: where one update of another worker landed in between, that update may come instead of the weights.
+WITH_OTHER = "fedmoe-other-update"
 #: Every answer of a coordinator says in this header which history it is of.
 INCARNATION_HEADER = "FedMoE-Incarnation"
 
@@ -206,17 +208,25 @@ class HeldOutcome(Message):
     reason: str = ""
 
 
+class LandedUpdate(Message):
+    """An update that landed: the sha256 of its bytes as they were sent, and what its delta was multiplied with."""
+
+    digest: Sha256
+    coefficient: float
+
+
 class UpdateResult(SparseMessage):
     """What became of an update; the same for a repeated push, with `duplicate` set.
 
     A `quarantined` one, `held` under a number, has not landed: `version` is the expert's, unchanged, and `note` the
     reason. A `note` also warns of an id that is used in two places. `outcomes` tell of what was held of this worker and
     epoch, the newest last. `digest` is that of the update's bytes, `weights_digest` that of the version's weights where
-    they do not come along. Keys without news are not sent: older programs refuse keys that they do not know.
+    they do not come along: those of the sender's base, plus the `other` update, plus this one. Keys without news are
+    not sent: older programs refuse keys that they do not know.
     """
 
     sparse: ClassVar[frozenset[str]] = frozenset(
-        {"incarnation", "status", "held", "note", "outcomes", "weights_digest"}
+        {"incarnation", "status", "held", "note", "outcomes", "weights_digest", "other"}
     )
     expert: ExpertName
     version: int
@@ -231,6 +241,7 @@ class UpdateResult(SparseMessage):
     note: str = ""
     outcomes: list[HeldOutcome] = []
     weights_digest: Sha256 | None = None
+    other: LandedUpdate | None = None
 
 
 class FederationInfo(HistoryMessage):
