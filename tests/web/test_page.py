@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import time
+from pathlib import Path
 from typing import Any
 
 import httpx2
 import pytest
-from live import ADMIN, House, LiveServer, push_headers, push_parameters
+from live import ADMIN, House, LiveServer, listening, open_house, push_headers, push_parameters
 from support import MANIFEST, make_body
 
+from fedmoe.coordinator import Aggregation
+from fedmoe.server.gate.verdict import judge
 from fedmoe.wire.client import CoordinatorClient
+from fedmoe.wire.contract.experts import GatewayScores
 
 pytestmark = pytest.mark.web
 
@@ -165,6 +169,47 @@ def test_on_a_phone_nothing_moves_sideways_in_both_languages(opened: Served, bro
     assert page.evaluate("document.documentElement.scrollWidth") <= 390
     assert page.evaluate("document.documentElement.lang") == "en"
     context.close()
+
+
+def scored(published: float | None) -> GatewayScores:
+    losses = {"base": 3.0, "own": 2.0}
+    return GatewayScores(
+        set="0" * 16, evaluator="e", expert="law", tokens=9, **losses, published=published, candidates={"sum": 2.5}
+    )
+
+
+@pytest.mark.parametrize(
+    ("said", "shown"),
+    [
+        (
+            judge([scored(2.2)], ["sum"], "version 3").reason,
+            "sum 在最差领域 law 上保留 50.0 % 的增益，但 版本 3 在其最差领域 law 上保留 80.0 %：低出超过 1.0 %",
+        ),
+        (judge([scored(None)], ["sum"]).reason, "sum 在最差领域 law 上保留 50.0 % 的增益；没有可比较的已发布网关"),
+        ("the last try failed: disk $1 {1} full", "上次尝试失败：disk $1 {1} full"),
+        ("what a later version says", "what a later version says"),
+    ],
+)
+def test_what_the_gate_says_has_chinese_words_with_the_same_values(
+    said: str, shown: str, opened: Served, page: Any
+) -> None:
+    page.goto(opened[1].url)
+    has(page, "#gateway", "evaluation gate")
+    assert page.evaluate("text => gateText(text)", said) == said
+    assert page.evaluate("text => { language = 'zh'; return gateText(text); }", said) == shown
+
+
+def test_on_the_chinese_page_the_gate_speaks_chinese(tmp_path: Path, browser: Any) -> None:
+    context = browser.new_context(locale="zh-CN")
+    page = context.new_page()
+    with open_house(tmp_path, Aggregation(evaluation_gate=True)) as house, listening(house.app) as server:
+        register(server)
+        page.goto(server.url)
+        has(page, "#gateway", "最近 300 秒内没有评估器询问；请用 'fedmoe evaluator' 启动一个")
+        page.get_by_role("button", name="English").click()
+        has(page, "#gateway", "no evaluator has asked in the last 300 s; start one with 'fedmoe evaluator'")
+        context.close()
+        house.app.state.parts.live.close()
 
 
 def test_all_that_can_be_done_can_be_done_by_keyboard(guarded: Served, page: Any) -> None:

@@ -125,14 +125,26 @@ async function showLog(worker, expert) {
   }
 }
 
+// What the gate says, part by part; parts may hold others. What is not known stays as it is.
+function gateText(text) {
+  if (language !== "zh") return text;
+  return text.split("; ").map((part) => {
+    for (const [english, chinese] of GATE_SENTENCES) {
+      const values = part.match(english);
+      if (values) return chinese.replace(/{(\d)}/g, (_, place) => gateText(values[place]));
+    }
+    return part;
+  }).join("；");
+}
+
 function showGateway() {
   const { gateway, gate } = state;
   const sources = gateway ? Object.entries(gateway.sources).map(([name, version]) => `${name} ${version}`).join(", ") : "";
   const rows = gateway
     ? [[word("version"), gateway.version], [word("strategy"), gateway.strategy], [word("sources"), sources]]
     : [[word("gateway"), word("no_gateway"), "soft"]];
-  if (gate && gate.reason) rows.push([word("verdict"), `${gate.at === null ? "" : `${new Date(gate.at * 1000).toLocaleTimeString(locale())}  `}${gate.reason}`]);
-  rows.push([word("gate"), gate ? gate.status : word("no_gate"), gate ? "" : "soft"]);
+  if (gate && gate.reason) rows.push([word("verdict"), `${gate.at === null ? "" : `${new Date(gate.at * 1000).toLocaleTimeString(locale())}  `}${gateText(gate.reason)}`]);
+  rows.push([word("gate"), gate ? gateText(gate.status) : word("no_gate"), gate ? "" : "soft"]);
   pairs(byId("gateway"), rows);
 }
 
