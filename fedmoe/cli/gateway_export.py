@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fedmoe.cli.options import AsJson, with_client
-from fedmoe.cli.output import CommandError, importing, reserved_output, show_json
+from fedmoe.cli.options import AsJson, noted_place, with_client
+from fedmoe.cli.output import importing, reserved_output, show_json
 from fedmoe.lora.manifest import BaseModel
 from fedmoe.wire.client import CoordinatorClient, PulledExpert, PulledGateway
 
@@ -38,7 +38,7 @@ def export(
     expert: Annotated[str, typer.Option(help="An expert's name, or 'gateway'.")] = GATEWAY,
     base_model: Annotated[
         str | None,
-        typer.Option(help="The federation's base model, for merged and gguf-lora; for peft a folder to name."),
+        typer.Option(help="Another place of the federation's base model, for merged and gguf-lora; for peft a folder."),
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace what is there.")] = False,
     as_json: AsJson = False,
@@ -46,7 +46,7 @@ def export(
     """Export the gateway or one expert for other tools, with a manifest of what it was made of."""
     source = _source(api, expert)
     if format in (Format.merged, Format.gguf_lora) and base_model is None:
-        raise CommandError(f"--format {format} needs --base-model; {expert} belongs on {source.base.name}")
+        base_model = noted_place(source.base)
     with reserved_output(as_json):
         rounding = _write(source, format, target, base_model or "", force)
     if as_json:

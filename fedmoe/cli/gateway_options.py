@@ -19,7 +19,7 @@ from fedmoe.config import GatewayConfig
 from fedmoe.wire.client import CoordinatorClient
 
 _SHARED: Mapping[str, OptionText] = {
-    "base_model": "Base model: smollm2, a folder or a hub id. [default: the federation's, by its name]",
+    "base_model": "Base model: smollm2, a folder or a hub id. [default: the federation's, of its revision]",
     "device": DEVICE_OPTIONS["device"],
     "chat_template": CHAT_TEMPLATE,
     "chat_template_kwargs": CHAT_TEMPLATE_KWARGS,

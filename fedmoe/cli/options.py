@@ -23,6 +23,7 @@ from fedmoe.runtime.logs import quiet_retries
 from fedmoe.wire.contract.messages import DEFAULT_PORT
 
 if TYPE_CHECKING:
+    from fedmoe.lora.manifest import BaseModel
     from fedmoe.models.base import ChatTemplate, LoadedBase
     from fedmoe.wire.client import CoordinatorClient
 
@@ -87,15 +88,25 @@ def client(url: str, token: str | None) -> CoordinatorClient:
 
 
 def federation_base(api: CoordinatorClient, given: str | None) -> str:
-    """The base model to load: `given`, else by the federation's name; raises `CommandError` where it has none yet."""
+    """The base model to load: `given`, else the federation's, of its revision.
+
+    Raises `CommandError` where the federation has none yet, and `OptionError` where it is a folder of another machine.
+    """
     if given is not None:
         return given
     manifest = api.federation().manifest
     if manifest is None:
         raise CommandError("the coordinator has no experts yet, so it names no base model; start a worker first")
-    name = manifest.base.name
-    print(f"note: the federation's base model is {name}; --base-model names another place of it", file=sys.stderr)
-    return name
+    return noted_place(manifest.manifest().base)
+
+
+def noted_place(base: BaseModel) -> str:
+    """Where a federation's base model can be had, which is said on standard error; raises `OptionError`."""
+    from fedmoe.worker.terms import place_of
+
+    place = place_of(base)
+    print(f"note: the federation's base model is {place}; --base-model names another place of it", file=sys.stderr)
+    return place
 
 
 def template_of(file: str | None, kwargs: str | Mapping[str, object] | None) -> ChatTemplate:

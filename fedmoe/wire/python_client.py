@@ -70,9 +70,10 @@ class Client:
         return self._api.status()
 
     def events(self, after: int = 0) -> list[EventInfo]:
-        """The newest events of the federation with an `id` above `after`, the oldest first; earlier ones are left out.
+        """Of the newest 100 events, which the coordinator holds ready, those with an `id` above `after`, oldest first.
 
-        To follow a federation, ask again with the last `id` that came.
+        To follow a federation, ask again with the last `id` that came: events further back are left out, and so
+        are those of experts and workers that the token may not see.
         """
         return sorted((event for event in self.status().events if event.id > after), key=lambda event: event.id)
 

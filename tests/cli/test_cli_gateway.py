@@ -7,6 +7,7 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -98,23 +99,14 @@ def held_out(tmp_path: Path) -> list[str]:
     return options
 
 
-def test_merged_and_gguf_need_the_base_model(tiny_server: LiveServer, fedmoe: Run, tmp_path: Path) -> None:
-    for kind in ("merged", "gguf-lora"):
-        outcome = fedmoe(
-            "gateway", "export", str(tmp_path / "out"), "--format", kind, "--coordinator-url", tiny_server.url
-        )
-        assert outcome.status == 1
-        assert f"--format {kind} needs --base-model; gateway belongs on tiny" in outcome.err
-        assert not (tmp_path / "out").exists()
-
-
 def test_every_format_is_written_with_its_manifest(tiny_server: LiveServer, fedmoe: Run, tmp_path: Path) -> None:
     formats = {"peft": f"a/{MANIFEST}", "merged": f"b/{MANIFEST}", "npz": f"c.{MANIFEST}", "gguf-lora": f"d.{MANIFEST}"}
     for (kind, place), target in zip(formats.items(), "abcd", strict=True):
-        options = ("--format", kind, "--base-model", "tiny", "--coordinator-url", tiny_server.url)
+        options = ("--format", kind, "--coordinator-url", tiny_server.url)
         outcome = fedmoe("gateway", "export", str(tmp_path / target), *options)
         assert outcome.status == 0, outcome.err
         assert f"exported gateway version 3 to {tmp_path / target}" in outcome.out
+        assert ("the federation's base model is tiny; " in outcome.err) == (kind in ("merged", "gguf-lora"))
         said = json.loads((tmp_path / place).read_text())
         assert (said["format"], said["model"], said["base"]["name"]) == (kind, "gateway", "tiny")
         assert {name: source["version"] for name, source in said["sources"].items()} == {"sql_expert": 1}
@@ -240,6 +232,49 @@ def test_the_base_model_is_the_federations_unless_it_is_given(
     small = ("--device", "cpu", "--blocks", "2", "--max-length", "96", "--json")
     outcome = fedmoe("gateway", "evaluate", *small, *held_out, *url)
     assert list(json.loads(outcome.out)["losses"]) == ["base", "docs", "sql_expert", "gateway"]
+
+
+def test_the_base_model_is_of_the_federations_revision_not_the_hubs_newest(
+    tmp_path: Path, manifest: Manifest, fedmoe: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from fedmoe.models import base
+    from fedmoe.models.tiny import tiny_model
+
+    hub = tmp_path / "hub" / "models--owner--model"
+    theirs, newest = "a" * 40, "b" * 40
+    for revision in (theirs, newest):
+        save_tiny(hub / "snapshots" / revision)
+    model = tiny_model()
+    model.get_input_embeddings().weight.data += 1
+    model.save_pretrained(hub / "snapshots" / newest)
+    (hub / "refs").mkdir()
+    (hub / "refs" / "main").write_text(newest)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr(base, "HF_HUB_CACHE", str(hub.parent))
+    identity = base.load_base(f"owner/model@{theirs}", "cpu").identity
+    (tmp_path / "house").mkdir()
+    with capture_logs(), open_house(tmp_path / "house") as house, listening(house.app) as server:
+        house.register("sql", manifest=replace(manifest, base=identity))
+        words = ("gateway", "generate", "hi", "--max-new-tokens", "2", "--device", "cpu")
+        answered = fedmoe(*words, "--coordinator-url", server.url)
+        other = fedmoe(*words, "--coordinator-url", server.url, "--base-model", "owner/model")
+        options = ("--format", "merged", "--coordinator-url", server.url)
+        exported = fedmoe("gateway", "export", str(tmp_path / "merged"), *options)
+    assert answered.status == 0, answered.err
+    assert f"the federation's base model is owner/model@{theirs}; " in answered.err
+    assert (other.status, "but owner/model has weights" in other.err) == (1, True)
+    assert exported.status == 0, exported.err
+
+
+def test_a_base_model_that_is_a_folder_of_another_machine_is_asked_for(
+    tmp_path: Path, manifest: Manifest, fedmoe: Run
+) -> None:
+    (tmp_path / "house").mkdir()
+    with capture_logs(), open_house(tmp_path / "house") as house, listening(house.app) as server:
+        house.register("sql", manifest=replace(manifest, base=replace(manifest.base, name="ours", revision="local")))
+        refused = fedmoe("gateway", "generate", "hi", "--coordinator-url", server.url)
+    assert (refused.status, "a folder called ours on another machine" in refused.err) == (1, True)
+    assert "give its place here with --base-model FOLDER" in refused.err
 
 
 def test_the_file_has_a_section_for_the_gateway_commands(

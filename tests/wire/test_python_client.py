@@ -89,6 +89,10 @@ def test_events_are_followed_from_the_last_one(admin: fedmoe.Client) -> None:
     admin.roll_back("python", 1, "a test")
     (newer,) = admin.events(events[-1].id)
     assert (newer.kind, newer.expert) == ("expert rolled back", "python")
+    for version in (2, 1) * 50:
+        admin.roll_back("python", version, "another test")
+    assert len(admin.events()) == 100
+    assert admin.events()[0].id > newer.id
 
 
 def test_experts_are_made_renamed_retired_and_undone(admin: fedmoe.Client) -> None:
