@@ -231,7 +231,7 @@ def milliseconds(work: Work, rows: Sequence[Sequence[int]]) -> dict[str, float]:
         times = []
         for row in rows[:8]:
             started = time.process_time()
-            log_likelihoods(work.base.model, multi, row[:length], NAMES[:count])
+            log_likelihoods(work.base.model, multi, [(row[:length], name) for name in NAMES[:count]])
             times.append(time.process_time() - started)
         found[f"{length} tokens, {count} candidates"] = round(1e3 * float(np.median(times)))
     multi.detach()

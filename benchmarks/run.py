@@ -40,6 +40,7 @@ BENCHMARKS: Mapping[str, Benchmark] = {
     "arena_modes": Benchmark(needs="--work FOLDER and hours of training"),
     "arena_throughput": Benchmark(needs="the peers of scripts/setup_peers.sh"),
     "attacks": Benchmark("--seconds 4"),
+    "auto": Benchmark(needs="--against REV, an earlier commit"),
     "coordinator": Benchmark(),
     "evaluation_gate": Benchmark(needs=_EXPERTS),
     "fairness": Benchmark("--seconds 2 --windows 5"),

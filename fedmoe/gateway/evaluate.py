@@ -105,7 +105,7 @@ def routed_to(
         for domain, prompts_of_domain in likely.items():
             for prompt in prompts_of_domain:
                 models = [*prompt.log_priors, merged]
-                likelihoods = log_likelihoods(base.model, multi, prompt.text, models)
+                likelihoods = log_likelihoods(base.model, multi, [(prompt.text, name) for name in models])
                 choices[domain].append(choose(prompt, dict(zip(models, likelihoods, strict=True)), merged))
         return choices
     finally:

@@ -94,8 +94,8 @@ class Backend(Protocol):
         Raises BackendError for a version that is not loaded, and when generation fails.
         """
 
-    def log_likelihoods(self, text: Sequence[int], models: Sequence[ServedModel]) -> list[float]:
-        """ln p(text[1:] | text[0]) in nats under each model; may take as long as a pass over the text for each.
+    def log_likelihoods(self, pairs: Sequence[tuple[Sequence[int], ServedModel]]) -> list[float]:
+        """ln p(text[1:] | text[0]) in nats for each text under its model; may take as long as a pass over each.
 
         Raises BackendError for a version that is not loaded; it must stay loaded meanwhile.
         """

@@ -61,9 +61,9 @@ class BackendFleet:
         """What all of them have."""
         return frozenset.intersection(*(backend.loaded() for backend in self._backends))
 
-    def log_likelihoods(self, text: Sequence[int], models: Sequence[ServedModel]) -> list[float]:
+    def log_likelihoods(self, pairs: Sequence[tuple[Sequence[int], ServedModel]]) -> list[float]:
         """By the idlest backend."""
-        return self._backends[self._order()[0]].log_likelihoods(text, models)
+        return self._backends[self._order()[0]].log_likelihoods(pairs)
 
     def busy(self) -> tuple[int, int]:
         """The sums over all of them."""

@@ -120,27 +120,52 @@ def _targets(
     return np.concatenate(predictors), np.concatenate(targets), np.concatenate(owners)
 
 
+#: Positions of one pass over texts, padding included: beside the model itself it takes little memory.
+_TEXT_POSITIONS = 2048
+
+
 @torch.no_grad()  # type: ignore[untyped-decorator]
 def log_likelihoods(
-    model: PreTrainedModel, multi: MultiLora, text: Sequence[int], adapters: Sequence[str | None]
+    model: PreTrainedModel, multi: MultiLora, pairs: Sequence[tuple[Sequence[int], str | None]]
 ) -> list[float]:
-    """ln p(text[1:] | text[0]) in nats under each adapter (None: the base model alone), in the order given.
+    """ln p(text[1:] | text[0]) in nats for each text under its adapter (None: the base model alone), in that order.
 
-    0 for a text of one token. Other threads may use the model meanwhile. Raises ValueError for an empty text and
-    `UnknownAdapterError` for an adapter that is not there.
+    0 for a text of one token. Texts of similar length share a pass, which changes nothing but the last bits. Other
+    threads may use the model meanwhile. Raises ValueError for an empty text and `UnknownAdapterError` for an adapter
+    that is not there.
     """
-    if not text:
-        raise ValueError("a text needs at least one token; this one is empty")
-    if len(text) == 1 or not adapters:
-        return [0.0] * len(adapters)
-    ids = torch.tensor([list(text)] * len(adapters), device=multi.device)
-    with multi.rows(adapters):
-        hidden = model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state[:, :-1]
-    states = hidden.reshape(-1, hidden.shape[-1])
-    targets = np.tile(np.asarray(text[1:], np.int64), len(adapters))
-    logprobs, _ = selected_logprobs(model, states, np.arange(len(targets)), targets)
-    likelihoods: list[float] = logprobs.double().view(len(adapters), -1).sum(dim=1).tolist()
+    if not all(text for text, _ in pairs):
+        raise ValueError("a text needs at least one token; one of these is empty")
+    likelihoods = [0.0] * len(pairs)
+    longest_first = sorted(
+        (place for place, (text, _) in enumerate(pairs) if len(text) > 1), key=lambda place: -len(pairs[place][0])
+    )
+    while longest_first:
+        count = max(1, _TEXT_POSITIONS // len(pairs[longest_first[0]][0]))
+        batch, longest_first = longest_first[:count], longest_first[count:]
+        # Rows of one adapter are neighbours, which costs fewer products.
+        batch.sort(key=lambda place: (pairs[place][1] is None, pairs[place][1] or ""))
+        for place, likelihood in zip(batch, _together(model, multi, [pairs[place] for place in batch]), strict=True):
+            likelihoods[place] = likelihood
     return likelihoods
+
+
+def _together(
+    model: PreTrainedModel, multi: MultiLora, pairs: Sequence[tuple[Sequence[int], str | None]]
+) -> list[float]:
+    """Of texts of two tokens or more, in one pass."""
+    lengths = [len(text) for text, _ in pairs]
+    width, device = max(lengths), multi.device
+    ids = torch.tensor([[*text, *[0] * (width - len(text))] for text, _ in pairs], device=device)
+    # Padded on the right, where nothing before looks; without padding the faster causal attention needs no mask.
+    real = torch.arange(width, device=device)[None, :] < torch.tensor(lengths, device=device)[:, None]
+    mask = None if min(lengths) == width else real.long()
+    with multi.rows([adapter for _, adapter in pairs]):
+        hidden = model.get_decoder()(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+    targets = ids[:, 1:][real[:, 1:]].cpu().numpy()
+    logprobs, _ = selected_logprobs(model, hidden[:, :-1][real[:, 1:]], np.arange(len(targets)), targets)
+    parts = logprobs.double().split([length - 1 for length in lengths])
+    return [float(part.sum()) for part in parts]
 
 
 @torch.no_grad()  # type: ignore[untyped-decorator]

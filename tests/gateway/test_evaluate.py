@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -86,9 +87,10 @@ def test_blocks_are_routed_by_what_was_said_and_not_by_the_chat_templates_frame(
     file.write_text("\n".join(json.dumps({"messages": one}) for one in turns))
     seen: list[str] = []
 
-    def heard(model: object, multi: object, text: list[int], adapters: list[str]) -> list[float]:
-        seen.append(base.tokenizer.decode(text))
-        return [0.0] * len(adapters)
+    def heard(model: object, multi: object, pairs: Sequence[tuple[Sequence[int], str]]) -> list[float]:
+        (text,) = {tuple(text) for text, _ in pairs}
+        seen.append(base.tokenizer.decode(list(text)))
+        return [0.0] * len(pairs)
 
     monkeypatch.setattr("fedmoe.gateway.evaluate.log_likelihoods", heard)
     one, two = random_adapters(base)

@@ -37,16 +37,17 @@ class PromptRouter:
         """The experts it chooses between, none while fewer than two have statistics: there is no model `auto` then."""
         return self._router.names if self._router is not None else ()
 
-    def candidates(self, prompt: Sequence[int]) -> ExpertCandidates | None:
-        """The likely experts of a prompt, looked at without the chat template's frame; None while there are not two.
+    def candidates(self, prompts: Sequence[Sequence[int]]) -> list[ExpertCandidates] | None:
+        """The likely experts of each prompt, looked at without the chat template's frame; None while there are not two.
 
-        May take as long as a pass over the prompt.
+        May take as long as a pass over the prompts, which are in one batch.
         """
         router = self._router
         if router is None:
             return None
-        text = self._frame.removed(prompt)
-        return candidates(text, router.names, router.probabilities(prompt_features(self._base, [text]))[0])
+        texts = [self._frame.removed(prompt) for prompt in prompts]
+        probabilities = router.probabilities(prompt_features(self._base, texts))
+        return [candidates(text, router.names, row) for text, row in zip(texts, probabilities, strict=True)]
 
     def follow(self, listed: Mapping[str, str], fetch: Callable[[str], bytes]) -> Mapping[str, str]:
         """Route from now on by the statistics named in `listed`, expert -> tag; returns who is left out, and why.

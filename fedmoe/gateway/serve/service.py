@@ -1,6 +1,6 @@
 """Request life cycle: admitted or refused as busy, version lease, generation, release.
 
-Everything here runs in the event loop, so nothing needs a lock; only prompts to `auto` are routed in a thread.
+Everything here runs in the event loop, so nothing needs a lock; `routing_queue` routes prompts to `auto` in a thread.
 """
 
 from __future__ import annotations
@@ -8,21 +8,19 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import AsyncExitStack, ExitStack, aclosing, contextmanager
+from contextlib import AsyncExitStack, aclosing, contextmanager
 from dataclasses import dataclass, field, replace
 from types import TracebackType
 from typing import Self
 
-from fedmoe.gateway.routers import choose
 from fedmoe.gateway.serve.auto_model import PromptRouter
-from fedmoe.gateway.serve.catalogue import AUTO, BASE, GATEWAY, Catalogue
+from fedmoe.gateway.serve.catalogue import AUTO, BASE, Catalogue
 from fedmoe.gateway.serve.counters import Counters
 from fedmoe.gateway.serve.problems import ApiError
+from fedmoe.gateway.serve.routing_queue import RoutingQueue
 from fedmoe.gateway.serve.text import PromptEncoder, StopStringFilter, TextStream
 from fedmoe.inference.backend import (
     Backend,
-    BackendError,
     ContinuationRequest,
     DecodingStep,
     Finish,
@@ -124,13 +122,11 @@ class Service:
         self._router = router
         self._random_seed = random_seed
         self._admitted = 0
-        # One prompt after the other: a pass over it takes memory and processors from the answers under way, and how
-        # much must not depend on how many ask.
-        self._routing = ThreadPoolExecutor(1, thread_name_prefix="routing")
+        self._routing = RoutingQueue(backend, catalogue, router, lambda name: self._missing(AUTO, name))
 
     def close(self) -> None:
-        """Route no further prompt; waits for the one that is being routed."""
-        self._routing.shutdown(cancel_futures=True)
+        """Route no further prompt; waits for those that are being routed."""
+        self._routing.close()
 
     def names(self) -> list[str]:
         """Everything that can be asked for."""
@@ -165,8 +161,7 @@ class Service:
                 if len(request.prompts) != 1:
                     why = "a request to auto has one prompt; send one request each"
                     raise ApiError("one_prompt_only", why, "prompt")
-                loop = asyncio.get_running_loop()
-                name = await loop.run_in_executor(self._routing, self._route, request.prompts[0])
+                name = await self._routing.choose(request.prompts[0])
             model, snapshot = None, self.catalogue.snapshot
             if name != BASE:
                 try:
@@ -179,25 +174,6 @@ class Service:
             active = ActiveRequest(self, request, origin, model, stack.pop_all(), began)
         self.counters.prompt_tokens += active.usage.prompt
         return active
-
-    def _route(self, prompt: tuple[int, ...]) -> str:
-        """Who answers this prompt: one of the likely experts, or the gateway where there is one."""
-        candidates = self._router.candidates(prompt)
-        if candidates is None:  # the experts have gone since the request was admitted
-            return AUTO
-        names = [*candidates.log_priors, *({GATEWAY} & self.catalogue.snapshot.models.keys())]
-        with ExitStack() as leases:
-            try:
-                models = [leases.enter_context(self.catalogue.lease(name))[0] for name in names]
-            except KeyError as error:
-                raise self._missing(AUTO, error.args[0]) from None
-            likelihoods = self.backend.log_likelihoods(candidates.text, models) if len(models) > 1 else [0.0]
-        try:
-            return choose(candidates, dict(zip(names, likelihoods, strict=True)), GATEWAY)
-        except ValueError as error:
-            raise BackendError(
-                f"this prompt cannot be routed: {error}; an adapter's weights have overflowed"
-            ) from error
 
     def _missing(self, requested: str, name: str) -> ApiError:
         """What to say where `name` is not served: a client that asked `auto` did not choose it, and may ask again."""

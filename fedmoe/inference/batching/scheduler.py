@@ -90,10 +90,11 @@ class TransformersBackend:
         with self._changed:
             return frozenset(self._loaded)
 
-    def log_likelihoods(self, text: Sequence[int], models: Sequence[ServedModel]) -> list[float]:
-        """One batch, beside the one in which the model generates."""
+    def log_likelihoods(self, pairs: Sequence[tuple[Sequence[int], ServedModel]]) -> list[float]:
+        """In batches of their own, beside the one in which the model generates."""
+        named = [(text, str(model)) for text, model in pairs]
         try:
-            likelihoods: list[float] = log_likelihoods(self._model, self._multi, text, [str(model) for model in models])
+            likelihoods: list[float] = log_likelihoods(self._model, self._multi, named)
         except UnknownAdapterError as error:
             raise BackendError(str(error)) from error
         return likelihoods

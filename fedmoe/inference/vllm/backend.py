@@ -177,17 +177,21 @@ class VllmBackend:
         with self._lock:
             return frozenset(self._keys)
 
-    def log_likelihoods(self, text: Sequence[int], models: Sequence[ServedModel]) -> list[float]:
+    def log_likelihoods(self, pairs: Sequence[tuple[Sequence[int], ServedModel]]) -> list[float]:
         """By our own model: the server would hold up all streams to score a prompt."""
-        if len(text) == 1:
-            return [0.0] * len(models)
+        models = {model for _, model in pairs}
         with self._lock:
-            missing = [str(model) for model in models if model not in self._adapters]
-            adapters = [self._adapters[model] for model in models if model in self._adapters]
+            missing = sorted(str(model) for model in models if model not in self._adapters)
+            adapters = {model: self._adapters[model] for model in models if model in self._adapters}
         if missing:
             raise BackendError(f"{', '.join(missing)} not loaded")
-        probe = Probe(tuple(text[:1]), tuple(text[1:]))
-        return [float(self._own_scores(adapter, [probe])[0].sum(dtype=np.float64)) for adapter in adapters]
+        likelihoods = [0.0] * len(pairs)
+        for model, adapter in adapters.items():
+            places = [place for place, (text, asked) in enumerate(pairs) if asked == model and len(text) > 1]
+            probes = [Probe(tuple(pairs[place][0][:1]), tuple(pairs[place][0][1:])) for place in places]
+            for place, scores in zip(places, self._own_scores(adapter, probes) if probes else (), strict=True):
+                likelihoods[place] = float(scores.sum(dtype=np.float64))
+        return likelihoods
 
     def busy(self) -> tuple[int, int]:
         """How many streams are under way, and how many wait for a thread."""

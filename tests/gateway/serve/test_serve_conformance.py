@@ -133,19 +133,26 @@ def test_a_backend_holds_what_was_loaded_until_it_is_unloaded(bench: Bench) -> N
 def test_how_likely_a_text_is_under_each_model_is_what_its_tokens_are_together(bench: Bench) -> None:
     bench.load(ONE, TWO)
     text = bench.prompts[0]
-    first, second, again = bench.backend.log_likelihoods(text, [ONE, TWO, ONE])
+    first, second, again = bench.backend.log_likelihoods([(text, ONE), (text, TWO), (text, ONE)])
     assert first == pytest.approx(again, abs=bench.tolerance)
     assert abs(first - second) > 100 * bench.tolerance
-    parts = [bench.backend.log_likelihoods(text[: end + 1], [ONE])[0] for end in range(len(text))]
+    parts = [bench.backend.log_likelihoods([(text[: end + 1], ONE)])[0] for end in range(len(text))]
     assert parts[0] == 0.0
     assert all(later < before for before, later in pairwise(parts))
     assert parts[-1] == pytest.approx(first, abs=bench.tolerance)
 
 
+def test_texts_of_different_lengths_are_as_likely_together_as_alone(bench: Bench) -> None:
+    bench.load(ONE, TWO)
+    pairs = [(bench.prompts[0][:end], model) for end in (3, 1, len(bench.prompts[0]), 2) for model in (TWO, ONE)]
+    alone = [bench.backend.log_likelihoods([pair])[0] for pair in pairs]
+    assert bench.backend.log_likelihoods(pairs) == pytest.approx(alone, abs=bench.tolerance)
+
+
 def test_the_likelihood_under_a_version_that_is_not_loaded_is_refused(bench: Bench) -> None:
     bench.load(ONE)
     with pytest.raises(BackendError, match="sql@1"):
-        bench.backend.log_likelihoods(bench.prompts[0], [ONE, TWO])
+        bench.backend.log_likelihoods([(bench.prompts[0], ONE), (bench.prompts[0], TWO)])
 
 
 def test_a_version_is_loaded_once_and_unloaded_once(bench: Bench) -> None:

@@ -30,7 +30,10 @@ class FirstLetter:
 
     experts = EXPERTS
 
-    def candidates(self, prompt: Sequence[int]) -> ExpertCandidates | None:
+    def candidates(self, prompts: Sequence[Sequence[int]]) -> list[ExpertCandidates] | None:
+        return [self.by_letter(prompt) for prompt in prompts]
+
+    def by_letter(self, prompt: Sequence[int]) -> ExpertCandidates:
         letter = Alone().base.tokenizer.decode(prompt[-1:])
         if letter == "t":
             # So unlikely that the gateway answers, whatever the likelihoods are.

@@ -1,4 +1,4 @@
-"""Many requests to `auto` at once: routing is bounded as generation is, and nobody routes for who has gone."""
+"""Many requests to `auto` at once: they are routed together, within bounds, and nobody routes for who has gone."""
 
 from __future__ import annotations
 
@@ -28,18 +28,20 @@ class Waiting:
     def __init__(self) -> None:
         self.go = threading.Event()
         self.routed = self.most = self._now = 0
+        self.batches: list[int] = []
         self._lock = threading.Lock()
 
-    def candidates(self, prompt: Sequence[int]) -> ExpertCandidates | None:
+    def candidates(self, prompts: Sequence[Sequence[int]]) -> list[ExpertCandidates] | None:
         with self._lock:
-            self.routed += 1
+            self.routed += len(prompts)
+            self.batches.append(len(prompts))
             self._now += 1
             self.most = max(self.most, self._now)
         assert self.go.wait(20)
         time.sleep(0.01)
         with self._lock:
             self._now -= 1
-        return ExpertCandidates(tuple(prompt), {"python": 1e6})
+        return [ExpertCandidates(tuple(prompt), {"python": 1e6}) for prompt in prompts]
 
     def follow(self, listed: Mapping[str, str], fetch: Callable[[str], bytes]) -> Mapping[str, str]:
         return {}
@@ -63,9 +65,7 @@ def ask(served: Served) -> str:
         return str(client.completions.create(model="auto", prompt="abc", max_tokens=2).model)
 
 
-def test_prompts_are_routed_one_after_the_other_and_wait_in_the_places_of_their_requests(
-    served: Served, router: Waiting
-) -> None:
+def test_prompts_that_wait_in_the_places_of_their_requests_are_routed_together(served: Served, router: Waiting) -> None:
     with ThreadPoolExecutor(8) as pool:
         asked = [pool.submit(ask, served) for _ in range(8)]
         wait_until(lambda: served.service._admitted == 8)
@@ -75,7 +75,8 @@ def test_prompts_are_routed_one_after_the_other_and_wait_in_the_places_of_their_
             client.models.list()  # the event loop waits for none of them
         router.go.set()
         assert {one.result() for one in asked} == {"python"}
-    assert (router.routed, router.most) == (8, 1)
+    # The first batch is who was there when the thread was free, the second all who came while it was looked at.
+    assert (router.routed, router.most, len(router.batches)) == (8, 1, 2)
 
 
 def test_nobody_is_routed_who_went_away_before_it_was_his_turn(served: Served, router: Waiting) -> None:
@@ -97,8 +98,8 @@ def test_a_prompt_that_cannot_be_routed_is_told_and_counted(
 ) -> None:
     router.go.set()
 
-    def overflowed(text: Sequence[int], models: Sequence[ServedModel]) -> list[float]:
-        return [float(np.nan)] * len(models)
+    def overflowed(pairs: Sequence[tuple[Sequence[int], ServedModel]]) -> list[float]:
+        return [float(np.nan)] * len(pairs)
 
     monkeypatch.setattr(served.backend, "log_likelihoods", overflowed)
     with pytest.raises(openai.InternalServerError, match=r"there is none of .*gateway.*overflowed"):
@@ -114,10 +115,10 @@ def test_who_is_routed_to_an_expert_that_has_just_gone_may_ask_again(
     served.watcher.close()
     catalogue = served.service.catalogue
 
-    def gone(text: Sequence[int], models: Sequence[ServedModel]) -> list[float]:
+    def gone(pairs: Sequence[tuple[Sequence[int], ServedModel]]) -> list[float]:
         left = {name: model for name, model in catalogue.snapshot.models.items() if name != "python"}
         catalogue.publish(left, 1.0)
-        return [0.0] * len(models)
+        return [0.0] * len(pairs)
 
     monkeypatch.setattr(served.backend, "log_likelihoods", gone)
     with pytest.raises(openai.InternalServerError, match="'python', which is not served now") as error:

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from builders import wait_until
 from live import push_headers
 from serve_house import Served, serving, tiny
 
@@ -59,9 +60,9 @@ def share_found(router: PromptRouter, expert: str) -> float:
 
 
 def likeliest_of(router: PromptRouter, prompt: Sequence[int]) -> str:
-    found = router.candidates(prompt)
+    found = router.candidates([prompt])
     assert found is not None
-    return max(found.log_priors, key=lambda name: found.log_priors[name])
+    return max(found[0].log_priors, key=lambda name: found[0].log_priors[name])
 
 
 def test_prompts_find_their_expert() -> None:
@@ -72,16 +73,16 @@ def test_prompts_find_their_expert() -> None:
 
 def test_experts_that_look_alike_are_all_candidates() -> None:
     undecided = SequenceRouter(("python", "sql"), np.zeros((64, 2)), np.zeros(2))
-    found = PromptRouter(tiny(), undecided).candidates((97, 98, 99))
+    found = PromptRouter(tiny(), undecided).candidates([(97, 98, 99)])
     assert found is not None
-    assert found.text == (97, 98, 99)
-    assert found.log_priors == pytest.approx(dict.fromkeys(("python", "sql"), np.log(0.5)))
+    assert found[0].text == (97, 98, 99)
+    assert found[0].log_priors == pytest.approx(dict.fromkeys(("python", "sql"), np.log(0.5)))
 
 
 def test_one_expert_is_nothing_to_choose_between() -> None:
     router, _ = followed("python")
     assert not router.experts
-    assert router.candidates((97, 98, 99)) is None
+    assert router.candidates([(97, 98, 99)]) is None
 
 
 def test_an_expert_that_arrives_is_routed_to_and_one_that_leaves_is_not() -> None:
@@ -165,17 +166,29 @@ def test_auto_is_there_once_the_workers_of_two_experts_have_told_of_their_prompt
             )
 
 
+def test_prompts_that_are_routed_together_are_given_to_whom_each_alone_is_given(tmp_path: Path) -> None:
+    with serving(tmp_path, Limits(256, 64, 32)) as served:
+        send(served, "python")
+        send(served, "sql")
+        wait_until(lambda: "auto" in served.service.names())
+        asked = [tuple(prompt[: 4 + 3 * place]) for place, prompt in enumerate(prompts("python", 9, 6))]
+        asked += [tuple(prompt[: 5 + 3 * place]) for place, prompt in enumerate(prompts("sql", 9, 6))]
+        together = served.service._routing.route(asked)
+    assert together == [expected(served, prompt) for prompt in asked]
+    assert len(set(together)) > 1
+
+
 def expected(served: Served, prompt: Sequence[int]) -> str:
     """By the rule itself: what the router thinks, and what every model alone gives the prompt."""
     router = PromptRouter(tiny())
     router.follow({"python": "1", "sql": "1"}, statistics)
-    found = router.candidates(prompt)
+    found = router.candidates([prompt])
     assert found is not None
     coordinator = served.house.service.coordinator
     adapters = {name: expert.adapter for name, expert in coordinator.experts.items()}
     adapters["gateway"] = coordinator.gateway().adapter
-    alone = {name: likelihood_alone(adapters[name], prompt) for name in (*found.log_priors, "gateway")}
-    return choose(found, alone, "gateway")
+    alone = {name: likelihood_alone(adapters[name], prompt) for name in (*found[0].log_priors, "gateway")}
+    return choose(found[0], alone, "gateway")
 
 
 def likelihood_alone(adapter: Adapter, text: Sequence[int]) -> float:
