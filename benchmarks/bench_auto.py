@@ -127,7 +127,7 @@ def main() -> None:
         wanted: Sequence[int] = options.experts
         for experts in wanted:
             setting = {name: vars(options)[name] for name in ("base", "prompts", "length", "tokens")}
-            setting |= {"experts": experts, "spread": 0.02}
+            setting |= {"experts": experts, "spread": 0.003}
             with ExitStack() as stack:
                 sides = {name: stack.enter_context(served(source, setting)) for name, source in sources.items()}
                 measured[f"{experts} experts"] = compared(sides, options.pairs)
