@@ -21,6 +21,7 @@ from fedmoe.federation.transaction import Submission, Transaction
 from fedmoe.lora.adapter import Adapter, FloatVector, Layout
 from fedmoe.lora.algebra import exact_rank
 from fedmoe.lora.codec import digest
+from fedmoe.lora.kept_terms import KeptTerms
 from fedmoe.lora.manifest import Manifest
 from fedmoe.lora.merge import STRATEGIES_WITH_MOMENTS, merge, plan_merge
 from fedmoe.runtime.errors import RefusedError
@@ -142,10 +143,12 @@ class GatewayModel(GatewayPlan):
         aggregation: Aggregation,
         moments: Mapping[str, ExpertMoments] = MappingProxyType({}),
         scale: float | None = None,
+        kept: KeptTerms | None = None,
     ) -> GatewayModel:
         """Merge the experts that learned something as they are now; without any it does what the base model does.
 
-        `gateway_rank` None keeps the merge exact; one with moments keeps `ENERGY` of it.
+        `gateway_rank` None keeps the merge exact; one with moments keeps `ENERGY` of it. What `kept` has of an earlier
+        merge is not computed again.
         """
         plan = GatewayPlan.of_experts(version, experts, aggregation, moments, scale)
         if not plan.sources:
@@ -161,6 +164,7 @@ class GatewayModel(GatewayPlan):
             scale=scale,
             moments={name: of_expert.moments for name, of_expert in _of_members(moments, experts).items()},
             without_moments=WITHOUT_MOMENTS,
+            kept=kept,
         )
         return cls.of_plan(plan, merged.adapter, merged.truncation_error)
 
@@ -216,6 +220,7 @@ class CentralCoordinator:
         self._published = Transaction(self.aggregation, {}, None, 0)
         self._gateway: GatewayModel | None = None
         self._plan: GatewayPlan | None = None
+        self._kept = KeptTerms()
         self._building = threading.Lock()
 
     @property
@@ -314,6 +319,8 @@ class CentralCoordinator:
 
     def _build(self, view: Transaction) -> GatewayModel:
         if view.online_gateway is None:
-            return GatewayModel.build(view.gateway_version, view.experts, self.aggregation, view.moments)
+            return GatewayModel.build(
+                view.gateway_version, view.experts, self.aggregation, view.moments, kept=self._kept
+            )
         model = GatewayModel.of_online_gateway(view.online_gateway, view.gateway_version, view.moments)
         return replace(model, left_out=left_out_of_online_gateway(view.experts, view.online_gateway))

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from fedmoe.lora.adapter import Adapter, ShapeError
 from fedmoe.lora.algebra import TruncatedAdapter, recompress, stack
+from fedmoe.lora.kept_terms import KeptTerms
 from fedmoe.lora.moments import InputMoments, thin_notes
 from fedmoe.lora.regmean import RANK_CAP, SCALE, regmean
 
@@ -122,6 +123,7 @@ def merge(
     scale: float | None = None,
     moments: Mapping[str, InputMoments] | None = None,
     without_moments: str | None = None,
+    kept: KeptTerms | None = None,
 ) -> MergeResult:
     """Merge experts exactly in the product, scale * sum_k w_k s_k B_k A_k, or by `regmean`; cut only if asked.
 
@@ -129,6 +131,7 @@ def merge(
     `energy` in (0, 1] the smallest rank that keeps this share of every module, at most `rank` (64 if not given).
     `scale` is for `scaled` and `regmean`. `without_moments` names the strategy to take where `regmean` lacks the
     moments of an expert, which is an error otherwise.
+    `kept` holds what `regmean` need not compute again.
     The order of `experts` does not matter: sources are taken in name order, so the bytes are the same.
     """
     if rank is not None and rank < 1:
@@ -137,7 +140,7 @@ def merge(
     tokens = {name: of_expert.tokens for name, of_expert in moments.items()}
     plan = plan_merge(experts, strategy, scale=scale, tokens=tokens, without_moments=without_moments)
     if plan.strategy in STRATEGIES_WITH_MOMENTS:
-        result = regmean(experts, moments, plan.scale, weights=plan.weights, rank=rank, energy=energy)
+        result = regmean(experts, moments, plan.scale, weights=plan.weights, rank=rank, energy=energy, kept=kept)
     else:
         terms = [(plan.scale * weight, experts[name]) for name, weight in plan.weights.items()]
         result = _cut(stack(terms), rank, energy)

@@ -29,6 +29,8 @@ from fedmoe.lora.safetensors_bytes import (
 
 # Directions in which Omega is a thousandth of what it is in others: their sketch is float32 rounding.
 _SOUND = 1e-6
+# Triangular matrices up to so many rows are inverted whole.
+_SMALL = 96
 #: Moments of fewer tokens than this are thin: alone they cost the expert in a merge (`benchmarks/README.md`).
 LEAST_TOKENS = 1_024
 _KIND = "fedmoe-weighted-input-moments"
@@ -124,6 +126,11 @@ class Gram:
         """left @ G for `left` (m, n); no n x n matrix is formed."""
         return (left @ self.factor) @ self.factor.T + left * self.diagonal
 
+    def between(self, left: Float64Array) -> Float64Array:
+        """left @ G @ left' for `left` (m, n)."""
+        seen = left @ self.factor
+        return np.asarray(seen @ seen.T + (left * self.diagonal) @ left.T, np.float64)
+
     @cached_property
     def full_diagonal(self) -> Float64Array:
         """The diagonal of the whole matrix, (n,)."""
@@ -143,13 +150,60 @@ class Gram:
 
         By Woodbury's identity through a k x k matrix; where k >= n the n x n matrix is the smaller one.
         """
-        if self.factor.shape[1] >= self.features:
-            return np.asarray(np.linalg.solve(self.dense(), left.T).T, np.float64)
-        root = np.sqrt(self.diagonal)
-        half, halved = self.factor / root[:, None], left / root
+        return Inverse.of(self).rows(left)
+
+
+@dataclass(frozen=True, eq=False)
+class Inverse:
+    """G^-1 of a `Gram` with d > 0: `root` is d^(1/2) and `half` F / root, or both None; L^-1 inverts the inner matrix.
+
+    The inner matrix L L' is I + half' half (k x k), or G itself where k >= n.
+    """
+
+    root: Float64Array | None
+    half: Float64Array | None
+    lower: Float64Array
+
+    @classmethod
+    def of(cls, gram: Gram) -> Inverse:
+        if gram.factor.shape[1] >= gram.features:
+            return cls(None, None, _inverse_of_lower(_lower(gram.dense())))
+        root = np.sqrt(gram.diagonal)
+        half = gram.factor / root[:, None]
         # A matrix times its own transpose: numpy takes the symmetric product, which is half the work.
-        inner = np.eye(half.shape[1]) + half.T @ half
-        return np.asarray((halved - np.linalg.solve(inner, (halved @ half).T).T @ half.T) / root, np.float64)
+        inner = half.T @ half
+        inner[np.diag_indices_from(inner)] += 1.0
+        return cls(root, half, _inverse_of_lower(_lower(inner)))
+
+    @property
+    def nbytes(self) -> int:
+        """What it takes in memory."""
+        return sum(part.nbytes for part in (self.root, self.half, self.lower) if part is not None)
+
+    def rows(self, left: Float64Array) -> Float64Array:
+        """left @ G^-1 for `left` (m, n)."""
+        if self.root is None or self.half is None:
+            return (left @ self.lower.T) @ self.lower
+        halved = left / self.root
+        inner = ((halved @ self.half) @ self.lower.T) @ self.lower
+        return np.asarray((halved - inner @ self.half.T) / self.root, np.float64)
+
+
+def _lower(matrix: Float64Array) -> Float64Array:
+    return np.asarray(np.linalg.cholesky(matrix), np.float64)
+
+
+def _inverse_of_lower(lower: Float64Array) -> Float64Array:
+    """L^-1 of a lower triangular matrix, by halves: numpy alone has no triangular solver."""
+    size = len(lower)
+    if size <= _SMALL:
+        return np.asarray(np.tril(np.linalg.inv(lower)), np.float64)
+    cut = size // 2
+    first, last = _inverse_of_lower(lower[:cut, :cut]), _inverse_of_lower(lower[cut:, cut:])
+    inverse = np.zeros_like(lower)
+    inverse[:cut, :cut], inverse[cut:, cut:] = first, last
+    inverse[cut:, :cut] = -(last @ (lower[cut:, :cut] @ first))
+    return inverse
 
 
 def pad_thin_grams(grams: Sequence[Gram], tokens: Sequence[int]) -> list[Gram]:

@@ -20,6 +20,7 @@ import numpy as np
 from fedmoe.lora import regmean
 from fedmoe.lora.adapter import Adapter, Float64Array, FloatMatrix, ShapeError
 from fedmoe.lora.algebra import TruncatedAdapter, recompress, stack
+from fedmoe.lora.kept_terms import same_module
 from fedmoe.lora.moments import Gram, InputMoments, sum_of_grams
 
 # The least length of a direction of A, as a share of the largest: below, B would have to be too large for float32.
@@ -51,12 +52,13 @@ def merge_into_gateway(
     views = {module.name: (a, b) for module, a, b in gateway.layout.factors(flat)}
     energy = lost = 0.0
     experts = sorted(moments)
-    for names, grams in regmean.grams_by_input([moments[expert] for expert in experts], gateway.layout.modules):
-        for name in names:
+    for group in regmean.groups_by_input([moments[expert] for expert in experts], gateway.layout.modules):
+        grams = group.all()
+        for name in group.names:
             moved = {
                 expert: delta
                 for expert, delta in sorted(ready.items())
-                if delta.weight > 0 and not _same(delta.start, delta.now, name)
+                if delta.weight > 0 and not same_module(delta.start, delta.now, name)
             }
             if not moved:
                 continue
@@ -113,11 +115,6 @@ def _merged_module(
     after, before = learned.reshape(len(moved), 2, *a_gateway.shape).swapaxes(0, 1)
     weights = np.asarray([delta.weight for delta in moved.values()])
     return regmean.cut_in_metric(whole, gateway.rank), a_gateway + np.tensordot(weights, after - before, 1)
-
-
-def _same(left: Adapter, right: Adapter, name: str) -> bool:
-    pairs = zip(left.module(name), right.module(name), strict=True)
-    return left.alpha == right.alpha and all(np.array_equal(*pair) for pair in pairs)
 
 
 def nearest_factors(a: FloatMatrix, b: FloatMatrix, target: Float64Array) -> tuple[Float64Array, Float64Array]:

@@ -19,7 +19,8 @@ import numpy as np
 
 from fedmoe.lora.adapter import Adapter, Float64Array, FloatMatrix, ModuleShape, ShapeError
 from fedmoe.lora.algebra import TruncatedAdapter, exact_rank, fill_with_product, rank_for
-from fedmoe.lora.moments import Gram, InputMoments, pad_thin_grams, sum_of_grams
+from fedmoe.lora.kept_terms import ExpertTerms, GroupTerms, KeptTerms, Metric, Setting, same_module
+from fedmoe.lora.moments import LEAST_TOKENS, Gram, InputMoments, Inverse, pad_thin_grams, sum_of_grams
 
 Factors64 = tuple[Float64Array, Float64Array]
 
@@ -44,6 +45,7 @@ class _Plan:
     moments: Sequence[InputMoments]
     weights: Sequence[float]
     scale: float
+    kept: KeptTerms
 
     @property
     def prior(self) -> float:
@@ -81,12 +83,14 @@ def regmean(
     weights: Mapping[str, float] | None = None,
     rank: int | None = None,
     energy: float | None = None,
+    kept: KeptTerms | None = None,
 ) -> TruncatedAdapter:
     """The experts merged in the metric of their own inputs; one expert alone comes back as it is.
 
     `scale` multiplies the result (1.3 for several experts if not given), `weights` say how much each expert's inputs
     count. The rank is the sum of ranks (or the full rank of the largest module), or `rank`, or with `energy` the
     smallest that keeps this share in every module, at most `rank` (64 if not given).
+    What `kept` has of an earlier merge is not computed again: the bits are the same.
     The truncation error is relative and in the metric of M, that is of outputs. Raises `ValueError` for experts without
     moments and `ShapeError` for adapters or moments of other modules.
     """
@@ -99,6 +103,7 @@ def regmean(
         [moments[name] for name in names],
         [1.0 if weights is None else weights[name] for name in names],
         scale if scale is not None else SCALE if len(names) > 1 else 1.0,
+        kept if kept is not None else KeptTerms(0),
     )
     limit = min(plan.rank, rank or (plan.rank if energy is None else RANK_CAP))
     if energy is None and limit == plan.rank:
@@ -134,74 +139,112 @@ def check_moments(moments: Mapping[str, InputMoments], modules: Sequence[ModuleS
                 )
 
 
-def grams_by_input(
-    moments: Sequence[InputMoments], modules: Sequence[ModuleShape]
-) -> Iterator[tuple[list[str], list[Gram]]]:
-    """Groups of modules with one input, each with its G by expert; a G is rebuilt once, thin ones are padded."""
+class GroupGrams:
+    """Modules with one input, and the G of each expert's inputs there: rebuilt once asked for, thin ones padded."""
+
+    def __init__(self, names: Sequence[str], moments: Sequence[InputMoments]) -> None:
+        self.names, self._moments = names, moments
+        self._grams: dict[int, Gram] = {}
+        self._thin = len(moments) > 1 and min(of_expert.tokens for of_expert in moments) < LEAST_TOKENS
+
+    def __getitem__(self, place: int) -> Gram:
+        if place not in self._grams:
+            if self._thin:
+                # Thin ones are padded with all experts' inputs.
+                grams = [of_expert.approximate(self.names[0]) for of_expert in self._moments]
+                tokens = [of_expert.tokens for of_expert in self._moments]
+                self._grams = dict(enumerate(pad_thin_grams(grams, tokens)))
+            else:
+                self._grams[place] = self._moments[place].approximate(self.names[0])
+        return self._grams[place]
+
+    def all(self) -> list[Gram]:
+        """One for each expert."""
+        return [self[place] for place in range(len(self._moments))]
+
+
+def groups_by_input(moments: Sequence[InputMoments], modules: Sequence[ModuleShape]) -> Iterator[GroupGrams]:
+    """The modules in groups that have one input at every expert."""
     names = {module.name for module in modules}
-    grams: list[tuple[tuple[str, ...], Gram]] = []
-    alike: list[str] = []
-    tokens = [of_expert.tokens for of_expert in moments]
+    groups: dict[tuple[tuple[str, ...], ...], list[str]] = {}
     for name in (name for group in moments[0].groups for name in group if name in names):
-        if not grams or any(name not in shared for shared, _ in grams):
-            if alike:
-                yield alike, pad_thin_grams([gram for _, gram in grams], tokens)
-            grams, alike = [(of_expert.group_of[name], of_expert.approximate(name)) for of_expert in moments], []
-        alike.append(name)
-    if alike:
-        yield alike, pad_thin_grams([gram for _, gram in grams], tokens)
+        groups.setdefault(tuple(of_expert.group_of[name] for of_expert in moments), []).append(name)
+    for alike in groups.values():
+        yield GroupGrams(alike, moments)
 
 
 def input_weight(gram: Gram) -> float:
     """g, the weight that makes inputs of any size count alike: their inverse root mean square; 0 without inputs."""
-    mean = float(gram.full_diagonal.mean())
-    return mean**-0.5 if mean > 0 else 0.0
+    return _weight_of(float(gram.full_diagonal.mean()))
 
 
-@dataclass(frozen=True, slots=True)
-class _Module:
-    """One module's factors, A_i G_i of each expert, and which experts do anything."""
-
-    experts: Sequence[Factors64]
-    images: Sequence[Float64Array]
-    moved: tuple[bool, ...]
+def _weight_of(size: float) -> float:
+    return size**-0.5 if size > 0 else 0.0
 
 
 def _solutions(plan: _Plan) -> Iterator[tuple[str, Solution]]:
-    for names, grams in grams_by_input(plan.moments, plan.experts[0].layout.modules):
-        alike = {name: _module(plan, name, grams) for name in names}
-        for moved in dict.fromkeys(module.moved for module in alike.values()):
-            yield from _solve(plan, {n: module for n, module in alike.items() if module.moved == moved}, grams)
+    for grams in groups_by_input(plan.moments, plan.experts[0].layout.modules):
+        before = plan.kept.of(grams.names, plan.moments)
+        after = GroupTerms(before.moments, before.sizes or [float(gram.full_diagonal.mean()) for gram in grams.all()])
+        alike: dict[tuple[bool, ...], list[str]] = {}
+        for name in grams.names:
+            alike.setdefault(_moved(plan, name, grams, before, after), []).append(name)
+        for moved, names in alike.items():
+            yield from _solve(plan, (tuple(names), moved, tuple(plan.weights), plan.scale), grams, before, after)
+        plan.kept.keep(grams.names, after)
 
 
-def _module(plan: _Plan, name: str, grams: Sequence[Gram]) -> _Module:
-    experts = [wide_factors(adapter, name) for adapter in plan.experts]
-    seen = [_seen(a, b, gram) for (a, b), gram in zip(experts, grams, strict=True)]
-    return _Module(experts, [image for image, _ in seen], tuple(does for _, does in seen))
+def _moved(plan: _Plan, name: str, grams: GroupGrams, before: GroupTerms, after: GroupTerms) -> tuple[bool, ...]:
+    """Which experts do anything in a module."""
+    for place, adapter in enumerate(plan.experts):
+        earlier = before.moved.get((name, place))
+        if earlier is not None and same_module(earlier[0], adapter, name):
+            after.moved[name, place] = adapter, earlier[1]
+        else:
+            after.moved[name, place] = adapter, _does(*wide_factors(adapter, name), grams[place])
+    return tuple(after.moved[name, place][1] for place in range(len(plan.experts)))
 
 
-def _solve(plan: _Plan, alike: Mapping[str, _Module], grams: Sequence[Gram]) -> Iterator[tuple[str, Solution]]:
-    """Modules with one input and one M, which is solved with once."""
-    moved = next(iter(alike.values())).moved
-    shares = [
-        weight * input_weight(gram) if does else 0.0
-        for weight, gram, does in zip(plan.weights, grams, moved, strict=True)
-    ]
-    metric = sum_of_grams(list(zip(shares, grams, strict=True)))
+def _metric(setting: Setting, grams: GroupGrams, sizes: Sequence[float]) -> Metric:
+    _, moved, weights, _ = setting
+    shares = tuple(
+        weight * _weight_of(size) if does else 0.0 for weight, size, does in zip(weights, sizes, moved, strict=True)
+    )
+    metric = sum_of_grams(list(zip(shares, grams.all(), strict=True)))
     # Where no expert does anything, M may be any multiple of the identity.
     rho = RIDGE * float(metric.full_diagonal.mean()) or 1.0
-    images = [
-        np.vstack(
-            [
-                plan.scale * (share * image + plan.prior * rho * a)
-                for (a, _), image, share in zip(module.experts, module.images, shares, strict=True)
-            ]
+    return Metric(shares, rho, Inverse.of(metric.plus(rho)))
+
+
+def _solve(
+    plan: _Plan, setting: Setting, grams: GroupGrams, before: GroupTerms, after: GroupTerms
+) -> Iterator[tuple[str, Solution]]:
+    """Modules with one input and one M; each expert's rows by themselves, so that they never depend on another's."""
+    names = setting[0]
+    metric = before.metrics.get(setting) or _metric(setting, grams, after.sizes)
+    after.metrics[setting] = metric
+    terms = []
+    for place, adapter in enumerate(plan.experts):
+        known = before.terms.get((setting, place))
+        if known is None or not all(same_module(known.adapter, adapter, name) for name in names):
+            known = _terms(plan, names, place, grams[place], metric)
+        after.terms[setting, place] = known
+        terms.append(known)
+    for name in names:
+        b = np.hstack([wide_factors(adapter, name)[1] for adapter in plan.experts])
+        a, image = (
+            np.vstack([rows[name] for rows in parts])
+            for parts in zip(*((t.solved, t.images) for t in terms), strict=True)
         )
-        for module in alike.values()
-    ]
-    solved = np.split(metric.plus(rho).solve(np.vstack(images)), np.cumsum([len(image) for image in images])[:-1])
-    for (name, module), a, image in zip(alike.items(), solved, images, strict=True):
-        yield name, Solution(a, np.hstack([b for _, b in module.experts]), image)
+        yield name, Solution(a, b, image)
+
+
+def _terms(plan: _Plan, names: Sequence[str], place: int, gram: Gram, metric: Metric) -> ExpertTerms:
+    adapter = plan.experts[place]
+    rows = np.vstack([adapter.module(name)[0] for name in names]).astype(np.float64)
+    image = plan.scale * (metric.shares[place] * gram.rows(rows) + plan.prior * metric.rho * rows)
+    images, solved = (np.split(found, len(names)) for found in (image, metric.inverse.rows(image)))
+    return ExpertTerms(adapter, dict(zip(names, images, strict=True)), dict(zip(names, solved, strict=True)))
 
 
 def wide_factors(adapter: Adapter, name: str) -> Factors64:
@@ -210,13 +253,12 @@ def wide_factors(adapter: Adapter, name: str) -> Factors64:
     return a.astype(np.float64), adapter.scale * b.astype(np.float64)
 
 
-def _seen(a: Float64Array, b: Float64Array, gram: Gram) -> tuple[Float64Array, bool]:
-    """A G, and whether outputs B A x exceed rounding."""
-    image = gram.rows(a)
-    energy = float(((b.T @ b) * (image @ a.T)).sum())
+def _does(a: Float64Array, b: Float64Array, gram: Gram) -> bool:
+    """Whether outputs B A x exceed rounding."""
+    energy = float(((b.T @ b) * gram.between(a)).sum())
     # Before anything cancels: the factors of an expert that does nothing may cancel to rounding only.
     bulk = float((np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=0)).sum())
-    return image, energy > _SILENT * bulk**2 * float(gram.full_diagonal.mean())
+    return energy > _SILENT * bulk**2 * float(gram.full_diagonal.mean())
 
 
 def _uncut(plan: _Plan) -> Adapter:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -23,7 +24,8 @@ from lora_cases import (
 
 from fedmoe.lora.adapter import Adapter, Layout, ModuleShape, ShapeError
 from fedmoe.lora.algebra import exact_rank, recompress, scaled
-from fedmoe.lora.moments import LEAST_TOKENS, InputMoments
+from fedmoe.lora.kept_terms import KeptTerms
+from fedmoe.lora.moments import LEAST_TOKENS, Gram, InputMoments
 from fedmoe.lora.regmean import SCALE, regmean
 
 LAYOUT = Layout((ModuleShape("q", 20, 12), ModuleShape("k", 20, 5), ModuleShape("up", 9, 31)), 3)
@@ -227,3 +229,60 @@ def test_settings_that_make_no_sense_are_refused(energy: float) -> None:
         regmean(experts, moments, energy=energy)
     with pytest.raises(ValueError, match="rank >= 1"):
         regmean(experts, moments, rank=0)
+
+
+@laws
+@given(st.data(), st.integers(2, 4), st.sampled_from([None, 2]), st.sampled_from([None, 2]), st.booleans())
+def test_terms_of_earlier_merges_leave_the_bits_of_a_merge_without_them(
+    data: st.DataObject, count: int, columns: int | None, rank: int | None, thin: bool
+) -> None:
+    first = data.draw(adapters())
+    modules = first.layout.modules
+    experts = {"a": first} | {name: data.draw(adapters(modules)) for name in "bcd"[: count - 1]}
+    tokens = LEAST_TOKENS // 2 if thin else LEAST_TOKENS
+    kept = KeptTerms()
+    moments = {
+        name: replace(random_moments(first.layout, data.draw(seeds), columns), tokens=tokens) for name in experts
+    }
+    for _ in range(3):
+        pushed = data.draw(st.sampled_from(sorted(experts)))
+        experts = experts | {pushed: data.draw(adapters(modules))}
+        if data.draw(st.booleans()):
+            moments = moments | {pushed: random_moments(first.layout, data.draw(seeds), columns)}
+        scale = data.draw(st.sampled_from([1.0, 1.3]))
+        weights = {name: data.draw(st.sampled_from([1.0, 2.0])) for name in experts}
+        with_terms = regmean(experts, moments, scale, weights, rank=rank, kept=kept)
+        without = regmean(experts, moments, scale, weights, rank=rank)
+        assert with_terms.adapter.flat.tobytes() == without.adapter.flat.tobytes()
+        assert with_terms.truncation_error == without.truncation_error
+
+
+def test_a_push_of_one_expert_rebuilds_and_solves_for_that_one_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    experts, moments = experts_and_moments()
+    moments = {name: replace(of_expert, tokens=LEAST_TOKENS) for name, of_expert in moments.items()}
+    kept = KeptTerms()
+    regmean(experts, moments, kept=kept)
+    rebuilt: list[InputMoments] = []
+    approximate = InputMoments.approximate
+
+    def counted(of_expert: InputMoments, module: str) -> Gram:
+        rebuilt.append(of_expert)
+        return approximate(of_expert, module)
+
+    monkeypatch.setattr(InputMoments, "approximate", counted)
+    regmean(experts, moments, kept=kept)
+    assert rebuilt == []
+    regmean(experts | {"b": random_adapter(LAYOUT, 9)}, moments, kept=kept)
+    assert {id(one) for one in rebuilt} == {id(moments["b"])}
+
+
+def test_kept_terms_stay_within_their_bound() -> None:
+    experts, moments = experts_and_moments()
+    most = KeptTerms()
+    regmean(experts, moments, kept=most)
+    assert most.nbytes > 0
+    for bound in (0, most.nbytes // 2):
+        bounded = KeptTerms(bound)
+        merged = [regmean(experts, moments, kept=bounded).adapter.flat.tobytes() for _ in range(2)]
+        assert bounded.nbytes <= bound
+        assert set(merged) == {regmean(experts, moments).adapter.flat.tobytes()}
