@@ -132,7 +132,8 @@ def main() -> None:
                 sides = {name: stack.enter_context(served(source, setting)) for name, source in sources.items()}
                 measured[f"{experts} experts"] = compared(sides, options.pairs)
             print(experts, json.dumps(measured[f"{experts} experts"]), flush=True)
-    print(write_result("auto", measured, vars(options), [0]))
+            # After each case, so that a run that is stopped leaves what it measured.
+            print(write_result("auto", measured, vars(options), [0]), flush=True)
 
 
 if __name__ == "__main__":

@@ -43,6 +43,7 @@ TABLES: Mapping[str, Callable[[], str]] = {
     "threads": tables_server.threads,
     "recompress": tables_server.recompress,
     "against": tables_server.against,
+    "auto": tables_server.auto,
     "against_waits": partial(tables_server.against, "against_waits"),
     "evaluation_gate": tables_server.evaluation_gate,
     "serve_swap": tables_server.serve_swap,

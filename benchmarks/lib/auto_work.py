@@ -81,7 +81,7 @@ class Served:
         catalogue = Catalogue()
         catalogue.publish(models, 1.0)
         bodies = {
-            name: PromptStatistics.of(prompt_features(base, own[1::2])).to_bytes()
+            name: PromptStatistics.of(prompt_features(base, own[1::2][:64])).to_bytes()
             for name, own in zip(names, pieces, strict=True)
         }
         router = PromptRouter(base)

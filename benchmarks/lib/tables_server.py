@@ -259,6 +259,19 @@ def against(name: str = "against") -> str:
     return table(["", "before, CPU s", "now, CPU s", "now / before", "same bits"], rows)
 
 
+def auto() -> str:
+    """Processor and wall seconds of prompts at once, to `gateway` and to `auto`, in both builds."""
+    measured = results("auto")
+    rows = []
+    for name in (name for name in measured if name.endswith(" experts")):
+        for build in ("before", "now"):
+            row = measured[name][build]
+            parts = [row[f"{part}_seconds"] for part in ("gateway_cpu", "auto_cpu", "gateway_wall", "auto_wall")]
+            parts += [row["cpu_ratio"], row["wall_ratio"]]
+            rows.append([f"{name}, {build}", *(spread(p["median"], p["minimum"], p["maximum"], 2) for p in parts)])
+    return table(["", "gateway, CPU s", "auto, CPU s", "gateway, s", "auto, s", "CPU ratio", "wall ratio"], rows)
+
+
 def page() -> str:
     """What open pages cost the coordinator, and what one costs its browser."""
     measured = results("page")
