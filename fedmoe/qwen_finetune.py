@@ -19,7 +19,7 @@ from fedmoe.lora.manifest import Manifest
 from fedmoe.models.base import LoadedBase, pad_token, stop_tokens
 from fedmoe.models.device_faults import free_unused, halve_batches, is_out_of_memory
 from fedmoe.models.lora_layers import attach
-from fedmoe.models.packed import check_model, count_targets, enable_checkpointing, token_losses
+from fedmoe.models.packed import check_model, count_targets, enable_checkpointing, token_losses, without_padding
 from fedmoe.models.parallel import ProcessGroup
 from fedmoe.models.stop_tokens import strip_stop_tokens
 from fedmoe.models.training_config import LoraConfig, ScheduleEndedError, TrainingConfig, learning_rate_at
@@ -301,7 +301,7 @@ class QwenLoRAExpert:
             if count_targets(batch) == 0:
                 continue
             with autocast(self.base.device, self.base.dtype):
-                losses, _ = token_losses(self.base.model, batch, self.base.device)
+                losses, _ = token_losses(self.base.model, without_padding(batch), self.base.device)
             summed = losses.sum()
             (summed * (self._scale.value / tokens)).backward()
             total += summed.detach()

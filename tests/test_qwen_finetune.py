@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.numpy import load, save
 
-from fedmoe.datasets.tokens.packing import Batch, Block, collate, pack
+from fedmoe.datasets.tokens.packing import PADDING_SEGMENT, Batch, Block, collate, pack
 from fedmoe.datasets.tokens.tokenized_sample import MASKED, TokenizedSample
 from fedmoe.lora.adapter import Adapter
 from fedmoe.models.base import load_base
@@ -76,6 +76,24 @@ def test_the_loss_is_that_of_transformers_for_one_whole_sample() -> None:
     inputs = torch.from_numpy(ids)[None]
     expected = expert.base.model(input_ids=inputs, labels=inputs).loss.item()
     assert expert.evaluate([block], 1).loss == pytest.approx(expected, abs=1e-5)
+
+
+def test_loss_and_gradient_are_those_of_all_logits_of_padded_rows() -> None:
+    expert = expert_with()
+    two = pack(samples(2), 64, 0) + pack(samples(1, 1), 64, 0)
+    assert all(block.segment_ids[-1] == PADDING_SEGMENT for block in two)
+    batch = collate(two)
+    loss, _ = expert._gradient([batch], count_targets(batch))
+    mine = expert.attached.grad.clone()
+    expert.attached.zero_grad()
+    inputs, labels, positions, segments = map(
+        torch.from_numpy, (batch.input_ids, batch.labels, batch.position_ids, batch.segment_ids)
+    )
+    logits = expert.base.model(input_ids=inputs, attention_mask=attention_mask(segments), position_ids=positions).logits
+    expected = torch.nn.functional.cross_entropy(logits[:, :-1].transpose(1, 2), labels[:, 1:], ignore_index=MASKED)
+    expected.backward()
+    assert loss == pytest.approx(expected.item(), abs=1e-5)
+    torch.testing.assert_close(mine, expert.attached.grad, atol=1e-6, rtol=1e-4)
 
 
 def test_the_first_token_of_a_sample_is_never_predicted_by_the_one_before() -> None:

@@ -11,11 +11,15 @@ from transformers import PreTrainedModel
 
 from fedmoe.models.tree_attention import TREE_ATTENTION
 
-#: How many logits are there at once (64 MB in float32); a whole batch of them would be larger than all the rest.
-_LOGITS_AT_ONCE = 1 << 24
+#: How many logits are there at once (32 MB in float32, which the C library keeps for the next part); those of a whole
+#: batch would be larger than all the rest.
+_LOGITS_AT_ONCE = 1 << 23
 
 #: Settings with which a model's logits are more than its output head; unset or 0 they do nothing.
 _SCALED = ("final_logit_softcapping", "logit_scale", "logits_scaling", "logits_scale")
+
+#: Models whose forward pass was read: the output head of the last hidden states of `base_model`, and nothing else.
+_PLAIN_HEADS = ("LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 
 
 class UnsupportedModelError(ValueError):
@@ -25,7 +29,7 @@ class UnsupportedModelError(ValueError):
 def check_causal_model(model: PreTrainedModel) -> None:
     """Refuse a model whose logits are more than head(last hidden state), or that would not honour a given mask."""
     config = model.config.get_text_config()
-    scaled = [name for name in _SCALED if getattr(config, name, None) not in (None, 0, 0.0, 1, 1.0)]
+    scaled = _scaled(model)
     if scaled:
         raise UnsupportedModelError(f"{type(model).__name__} changes its logits by {', '.join(scaled)}: not supported")
     if config._attn_implementation not in ("sdpa", TREE_ATTENTION):
@@ -37,6 +41,18 @@ def check_causal_model(model: PreTrainedModel) -> None:
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
     if kinds != {"full_attention"}:
         raise UnsupportedModelError(f"{type(model).__name__} has layers of kind {sorted(kinds)}; only full attention")
+
+
+def has_plain_head(model: PreTrainedModel) -> bool:
+    """Whether the model's logits are its output head, a frozen linear layer, of its last hidden states and no more."""
+    head = model.get_output_embeddings()
+    plain = type(head) is nn.Linear and not any(each.requires_grad for each in head.parameters())
+    return plain and type(model).__name__ in _PLAIN_HEADS and not _scaled(model)
+
+
+def _scaled(model: PreTrainedModel) -> list[str]:
+    config = model.config.get_text_config()
+    return [name for name in _SCALED if getattr(config, name, None) not in (None, 0, 0.0, 1, 1.0)]
 
 
 def logits_of(model: PreTrainedModel, hidden: torch.Tensor) -> torch.Tensor:

@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn import functional
 
 from fedmoe.lora.adapter import Adapter, FloatVector, Layout, ModuleShape, ShapeError, initial_adapter
+from fedmoe.models.linear_terms import RowsTerm, linear_with_terms
 
 ALL_LINEAR = "all-linear"
 
@@ -38,15 +39,27 @@ class LoraLinear(nn.Module):  # type: ignore[misc]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x: (..., in) -> (..., out), in the base layer's dtype."""
-        base = self.base_layer(x)
         if not self.active:
-            return base
+            return self.base_layer(x)
+        if self._single_dtype(x):
+            term = RowsTerm(0, len(x), self.scale, self.lora_a, self.lora_b)
+            return linear_with_terms(x, self.base_layer.weight, self.base_layer.bias, [term])
+        base = self.base_layer(x)
         # Under autocast the float32 factors are cast once per step; without it, mixed dtypes would not multiply.
         inner = x if torch.is_autocast_enabled(x.device.type) else x.to(self.lora_a.dtype)
         if self.dropout and self.training:
             inner = functional.dropout(inner, self.dropout)
         low_rank = functional.linear(functional.linear(inner, self.lora_a), self.lora_b)
         return torch.add(base, low_rank.to(base.dtype), alpha=self.scale)
+
+    def _single_dtype(self, x: torch.Tensor) -> bool:
+        """Whether layer and term can be one operation: all in float32, a plain linear layer, and nothing dropped."""
+        return (
+            type(self.base_layer) is nn.Linear
+            and x.dtype == self.base_layer.weight.dtype == self.lora_a.dtype
+            and not torch.is_autocast_enabled(x.device.type)
+            and not (self.dropout and self.training)
+        )
 
 
 class AttachedAdapter:

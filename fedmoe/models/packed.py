@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from dataclasses import fields
 
 import numpy as np
 import torch
@@ -11,6 +12,7 @@ from transformers import PreTrainedModel
 
 from fedmoe.datasets.tokens.packing import Batch
 from fedmoe.datasets.tokens.tokenized_sample import MASKED
+from fedmoe.models.final_logits import has_plain_head, selected_logprobs
 
 
 def attention_mask(segment_ids: torch.Tensor) -> torch.Tensor:
@@ -31,6 +33,13 @@ def count_targets(batch: Batch) -> int:
     return int(np.count_nonzero((labels[:, 1:] != MASKED) & inside))
 
 
+def without_padding(batch: Batch) -> Batch:
+    """The batch without the columns at its end that no row uses; nothing looks there."""
+    used = np.flatnonzero((batch.segment_ids >= 0).any(axis=0))
+    width = int(used[-1]) + 1 if used.size else 0
+    return Batch(*(getattr(batch, field.name)[:, :width] for field in fields(Batch)))
+
+
 def token_losses(model: PreTrainedModel, batch: Batch, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """The loss of every labelled token in nats, float32 (n,), and the row of the batch each belongs to, int64 (n,).
 
@@ -42,11 +51,21 @@ def token_losses(model: PreTrainedModel, batch: Batch, device: torch.device) -> 
     )
     inside = (segments[:, 1:] == segments[:, :-1]) & (segments[:, 1:] >= 0)
     targets = (labels[:, 1:] != MASKED) & inside
+    mask = attention_mask(segments)
+    if has_plain_head(model) and count_targets(batch) and not torch.is_autocast_enabled(device.type):
+        # The head for labelled tokens alone, some at a time: all their logits would be larger than all the rest.
+        decoder = model.get_decoder()
+        hidden = decoder(input_ids=inputs, attention_mask=mask, position_ids=positions, use_cache=False)
+        tokens = labels[:, 1:][targets].cpu().numpy()
+        logprobs, _ = selected_logprobs(
+            model, hidden.last_hidden_state[:, :-1][targets], np.arange(len(tokens)), tokens
+        )
+        return -logprobs, targets.nonzero()[:, 0]
     # The output head is a fifth of a small model's work: run it only on columns in which some row has a target.
     columns = targets.any(dim=0).nonzero().flatten()
     logits = model(
         input_ids=inputs,
-        attention_mask=attention_mask(segments),
+        attention_mask=mask,
         position_ids=positions,
         use_cache=False,
         logits_to_keep=columns,

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from fedmoe.models.multilora import RowsTerm, linear_with_terms
+from fedmoe.models.linear_terms import RowsTerm, linear_with_terms
 
 # (start, stop, scale, rank): a gap before, between and after; neighbours without a gap; everything; nothing.
 LAYOUTS = [
