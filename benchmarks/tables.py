@@ -41,6 +41,7 @@ TABLES: Mapping[str, Callable[[], str]] = {
     "attacks": tables_server.attacks,
     "many_experts": tables_server.many_experts,
     "threads": tables_server.threads,
+    "training_step": tables_server.training_step,
     "recompress": tables_server.recompress,
     "against": tables_server.against,
     "auto": tables_server.auto,

@@ -188,6 +188,21 @@ def threads() -> str:
     return table([*header, "before", "times one worker"], rows)
 
 
+def training_step() -> str:
+    rows = []
+    for name in ("rows", "samples"):
+        row = results("training_step")[name]
+        apart = max(abs(own - peers) / peers for own, peers in zip(*row["losses"].values(), strict=True))
+        cells = [f"{row['cpu_seconds'][side]:#.3g}" for side in ("fedmoe", "peft")]
+        ratios = [
+            f"{row[f'{kind}_ratio']:.2f} ({min(row[f'{kind}_ratios']):.2f}-{max(row[f'{kind}_ratios']):.2f})"
+            for kind in ("cpu", "wall")
+        ]
+        rows.append([name, *cells, *ratios, f"{apart:.0e}"])
+    header = ["", "CPU s, this build", "CPU s, PEFT", "PEFT / this build, CPU", "by the clock"]
+    return table([*header, "losses apart, at most"], rows)
+
+
 def _a_step(row: dict[str, dict[str, float]]) -> str:
     seconds = row["cpu_seconds_a_step"]
     return f"{seconds['median']:#.3g} ({seconds['smallest']:#.3g} - {seconds['largest']:#.3g})"
