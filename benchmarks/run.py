@@ -67,6 +67,7 @@ BENCHMARKS: Mapping[str, Benchmark] = {
     "threads": Benchmark("--steps 4 --repeats 1 --max-length 256"),
     "token_routing": Benchmark(needs=_EXPERTS),
     "tokenize": Benchmark(needs="--against REV, an earlier commit, and SmolLM2 in the cache (`fedmoe demo` brings it)"),
+    "training_step": Benchmark(needs="peft, and SmolLM2 in the cache (`fedmoe demo` brings it)"),
     "update_norms": Benchmark("--seeds 0 1"),
 }
 
