@@ -17,7 +17,15 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 
-from lib import tables_arena, tables_hardware, tables_merge, tables_replicas, tables_server, tables_simulation
+from lib import (
+    tables_arena,
+    tables_hardware,
+    tables_merge,
+    tables_replicas,
+    tables_server,
+    tables_simulation,
+    tables_starts,
+)
 from lib.harness import RESULTS, ROOT
 from lib.table_text import results
 
@@ -46,6 +54,8 @@ TABLES: Mapping[str, Callable[[], str]] = {
     "against": tables_server.against,
     "auto": tables_server.auto,
     "against_waits": partial(tables_server.against, "against_waits"),
+    "startup": tables_starts.startup,
+    "tokenize": tables_starts.tokenize,
     "evaluation_gate": tables_server.evaluation_gate,
     "serve_swap": tables_server.serve_swap,
     "arena_modes": tables_arena.arena_modes,
