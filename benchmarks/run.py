@@ -55,6 +55,7 @@ BENCHMARKS: Mapping[str, Benchmark] = {
     "merge_quality": Benchmark(needs=_EXPERTS),
     "online_gateway": Benchmark(needs=_EXPERTS),
     "ray_rollouts": Benchmark(needs="Ray: pip install 'fedmoe[ray]'"),
+    "push_memory": Benchmark(needs="--against REV, an earlier commit"),
     "recompress": Benchmark(),
     "recovery": Benchmark(),
     "repeated_merges": Benchmark(needs=_EXPERTS),
